@@ -1,0 +1,1 @@
+"""Stochastic gradient estimators for PyTorch."""
