@@ -1,0 +1,212 @@
+r"""The contract: an estimator is a noise and a formula.
+
+``estimator(q, f)`` takes a distribution ``q`` and a cost ``f``, and returns a tensor whose value is
+the Monte Carlo estimate of :math:`E_q[f]` and whose gradient is the estimator's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+__all__ = ["Cost", "Estimator", "Sampler", "Traits"]
+
+Cost = Callable[[Tensor], Tensor]
+"""A cost to be minimised: ``z [*L, *B, *E] -> [*L, *B]`` for any leading dims ``*L``."""
+
+Sampler = Callable[[Distribution, torch.Size], Tensor]
+"""An ``rsample`` with a chosen backward: ``sampler(q, sample_shape) -> [*sample_shape, *B, *E]``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What an estimator promises; the tables of the README and the book are generated from it.
+
+    Attributes:
+        serves: the distributions it can serve, in words.
+        unbiased: whether the expected gradient is the exact one.
+        needs_gradient: whether it uses df/dz.
+        relaxes: whether it evaluates f off the support of q.
+        evaluations: points at which f is evaluated for one problem, as a formula in S = ``num_samples``,
+            K = size of the support.
+        second_order: whether second derivatives are right (otherwise they raise).
+        transforms: whether ``torch.func`` and ``torch.compile(fullgraph=True)`` work.
+        reference: title, authors, year, link.
+    """
+
+    serves: str
+    unbiased: bool
+    needs_gradient: bool
+    relaxes: bool
+    evaluations: str
+    second_order: bool
+    transforms: bool
+    reference: str
+
+
+class Estimator(nn.Module, ABC):
+    r"""A stochastic gradient estimator: a noise and a formula.
+
+    Subclasses say how to :meth:`draw` the noise and how to :meth:`estimate` from it;
+    calling the estimator checks the input and composes the two.
+
+    Args:
+        num_samples: S, the number of samples per problem.
+
+    Shapes:
+        ``q`` has batch dims ``*B`` (independent problems) and event dims ``*E`` (drawn jointly);
+        ``f`` maps ``[*L, *B, *E]`` to ``[*L, *B]``; the result is ``[*B]``.
+    """
+
+    traits: ClassVar[Traits]
+
+    def __init__(self, num_samples: int = 1) -> None:
+        super().__init__()
+        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(
+                f"{type(self).__name__}: found num_samples={num_samples!r}, expected a positive int."
+            )
+        self.num_samples = num_samples
+
+    @classmethod
+    @abstractmethod
+    def supports(cls, q: Distribution) -> bool:
+        """Whether this estimator can serve ``q``."""
+
+    @abstractmethod
+    def draw(self, q: Distribution) -> Any:
+        """Return the noise: everything random that :meth:`estimate` needs."""
+
+    @abstractmethod
+    def estimate(self, q: Distribution, f: Cost, noise: Any, context: Tensor | None = None) -> Tensor:
+        """Return the surrogate ``[*B]``, a pure function of its arguments. No input is checked here."""
+
+    def evaluations(self, q: Distribution) -> int:
+        """Return the number of points at which f is evaluated for one problem."""
+        return self.num_samples
+
+    def forward(self, q: Distribution, f: Cost, context: Tensor | None = None) -> Tensor:
+        """Return the estimate of :math:`E_q[f]`, ``[*B]``, that carries the estimator's gradient.
+
+        Args:
+            q: the distribution whose parameters need a gradient.
+            f: the cost, to be minimised.
+            context: what a learned baseline may look at (the input x, say), ``[*B, *C]``.
+
+        Raises:
+            TypeError: q is no Distribution, or one that this estimator cannot serve.
+            ValueError: f returns a wrong shape or NaN, or nothing requires a gradient.
+        """
+        check_distribution(self, q)
+        loss = self.estimate(q, checked(f, q), self.draw(q), context)
+        check_gradient(self, loss, q)
+        return loss
+
+    def extra_repr(self) -> str:
+        return f"num_samples={self.num_samples}"
+
+
+def estimators(cls: type[Estimator] = Estimator) -> Iterator[type[Estimator]]:
+    """Yield every estimator class that can be used as it is."""
+    if not getattr(cls, "__abstractmethods__", None):
+        yield cls
+    for sub in cls.__subclasses__():
+        yield from estimators(sub)
+
+
+def describe(q: Distribution) -> str:
+    """Name a distribution with its shapes, for an error message."""
+    name = type(q).__name__
+    inner = q
+    while (inner := getattr(inner, "base_dist", None)) is not None:
+        name += f"({type(inner).__name__})"
+    return f"{name} with batch_shape {tuple(q.batch_shape)} and event_shape {tuple(q.event_shape)}"
+
+
+def check_distribution(estimator: Estimator, q: Distribution) -> None:
+    """Raise a TypeError unless ``estimator`` can serve ``q``."""
+    name = type(estimator).__name__
+    if not isinstance(q, Distribution):
+        raise TypeError(
+            f"{name}: found q of type {type(q).__name__}, expected a torch.distributions.Distribution."
+        )
+    if not estimator.supports(q):
+        able = ", ".join(sorted(e.__name__ for e in estimators() if e.supports(q))) or "none in gradlab"
+        raise TypeError(
+            f"{name} cannot serve {describe(q)}. It serves {estimator.traits.serves}. Estimators that can: {able}."
+        )
+
+
+def check_gradient(estimator: Estimator, loss: Tensor, q: Distribution) -> None:
+    """Raise a ValueError when a gradient is wanted and the loss carries none."""
+    if not torch.is_grad_enabled() or loss.requires_grad or _transformed(loss):
+        return
+    remedy = (
+        "Make f differentiable in z (no rounding, comparison or .detach() of z), or use an estimator that needs no "
+        "df/dz, such as ScoreFunction; and build"
+        if estimator.traits.needs_gradient
+        else "Build"
+    )
+    raise ValueError(
+        f"{type(estimator).__name__}: found a result without gradient for {describe(q)}, expected one for a parameter "
+        f"of q or of f. {remedy} q from tensors with requires_grad=True that are not detached. Call the estimator "
+        "under torch.no_grad() if only the value is wanted."
+    )
+
+
+def checked(f: Cost, q: Distribution) -> Cost:
+    """Return ``f`` with its shape and its values checked at every call."""
+
+    def cost(z: Tensor) -> Tensor:
+        value = f(z)
+        check_shape(value, z, q)
+        if q._validate_args and not _transformed(value) and not torch.compiler.is_compiling():
+            check_finite(value)
+        return value
+
+    return cost
+
+
+def check_shape(value: Tensor, z: Tensor, q: Distribution) -> None:
+    """Raise unless f mapped ``z [*L, *B, *E]`` to ``[*L, *B]``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"f(z): found {type(value).__name__}, expected a Tensor of costs.")
+    expected = z.shape[: z.ndim - len(q.event_shape)]
+    if value.shape == expected:
+        return
+    message = (
+        f"f(z): found shape {tuple(value.shape)} for z of shape {tuple(z.shape)}, expected {tuple(expected)}: "
+        f"f maps [*L, *B, *E] to [*L, *B] for any leading dims *L, and q is {describe(q)}. "
+    )
+    missing = len(expected) - value.ndim
+    if missing > 0 and value.shape == expected[: value.ndim]:
+        message += (
+            f"If the last {missing} dim(s) of z belong to one problem, tell q so: "
+            f"torch.distributions.Independent(q, {missing})."
+        )
+    elif missing < 0:
+        message += "Sum f over the event dims of z, for example with .sum(-1)."
+    else:
+        message += "Reduce f over the event dims only, never over the leading or batch dims."
+    raise ValueError(message)
+
+
+def check_finite(value: Tensor) -> None:
+    """Raise when a cost is NaN."""
+    bad = int(torch.isnan(value).sum())
+    if bad:
+        raise ValueError(
+            f"f(z): found NaN in {bad} of {value.numel()} costs, expected numbers. Look for log(0), 0/0 or an "
+            "overflow in f; a distribution built with validate_args=False skips this check."
+        )
+
+
+def _transformed(x: Tensor) -> bool:
+    """Whether ``x`` lives inside a torch.func transform, where values cannot be looked at."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
