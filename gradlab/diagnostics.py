@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.utils import _pytree as pytree
 
+from gradlab.distributions import has_finite_support, support_size
 from gradlab.estimator import Cost, Estimator
+from gradlab.exact import Enumerate
 
 __all__ = ["Comparison", "Row", "compare", "replicate"]
 
@@ -58,7 +60,7 @@ class Row:
         mean: the mean gradient, one number a parameter.
         bias: Euclidean norm of mean minus exact (None without an exact gradient).
         error: the standard error that the norm would have if there were no bias.
-        z: the largest |z| over the parameters.
+        z: the largest abs(z) over the parameters.
         variance: summed over the parameters.
         evaluations: points at which f is evaluated for one gradient.
         microseconds: time for one gradient, forward and backward, amortised over the replicates of a chunk.
@@ -172,16 +174,8 @@ def compare(
 
 def exact_gradient(make_q: Callable[[Any], Distribution], f: Cost, params: Any, limit: int = 2**12) -> Any:
     """Return the gradient by enumeration, or None where the support is not finite or has over ``limit`` values."""
-    from gradlab.distributions import has_finite_support
-    from gradlab.exact import Enumerate
-
     q = make_q(params)
-    if not has_finite_support(q):
-        return None
-    try:
-        if Enumerate().evaluations(q) > limit:
-            return None
-    except ValueError:  # too many joint values to list
+    if not has_finite_support(q) or support_size(q) > limit:
         return None
     return pytree.tree_map(lambda g: g[0], replicate(lambda p: Enumerate()(make_q(p), f), params, 1))
 
@@ -197,8 +191,12 @@ def _measure(
     chunk_size: int | None,
     context: Tensor | None,
 ) -> Row:
+    def loss(p: Any) -> Tensor:
+        return estimator(make_q(p), f, context)
+
+    replicate(loss, params, 1)  # warm up
     start = time.perf_counter()
-    grads = _flatten(replicate(lambda p: estimator(make_q(p), f, context), params, replicates, chunk_size), 1)
+    grads = _flatten(replicate(loss, params, replicates, chunk_size), 1)
     if grads.is_cuda:
         torch.cuda.synchronize(grads.device)
     microseconds = 1e6 * (time.perf_counter() - start) / replicates

@@ -18,6 +18,7 @@ from gradlab.distributions import (
     is_discrete,
     quantile,
     support,
+    support_size,
     tensors,
 )
 from gradlab.estimator import Cost, Estimator, Traits
@@ -63,7 +64,7 @@ class Enumerate(Estimator):
         return has_finite_support(q)
 
     def evaluations(self, q: Distribution) -> int:
-        return len(support(q))
+        return support_size(q)
 
     def draw(self, q: Distribution) -> Tensor:
         return support(q)

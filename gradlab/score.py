@@ -202,16 +202,21 @@ def optimal_coefficient(score: Tensor, cost: Tensor, zeta: Tensor) -> Tensor:
         cost: ``[S, *B]``.
         zeta: ``[S, *B]``.
     """
-    g = score * cost.detach()[..., None]
-    h = score * zeta.detach()[..., None]
-    others = len(cost) - 1
+    g, h = (_center_others(score * x.detach()[..., None]) for x in (cost, zeta))
+    covariance, variance = ((g * h).sum((1, -1)), (h * h).sum((1, -1)))
+    return torch.where(variance > 0, covariance / variance.clamp_min(torch.finfo(h.dtype).tiny), 0.0)
 
-    def covariance(x: Tensor, y: Tensor) -> Tensor:  # of the others, times their number
-        mx, my = (x.sum(0) - x) / others, (y.sum(0) - y) / others
-        return ((x * y).sum(0) - x * y - others * mx * my).sum(-1)
 
-    variance = covariance(h, h)
-    return torch.where(variance > 0, covariance(g, h) / variance.clamp_min(torch.finfo(h.dtype).tiny), 0.0)
+def _center_others(x: Tensor) -> Tensor:
+    """Return, for each s, every ``x_t - mean of all but x_s``, and zero for t = s: ``[S, S, *B, P]``.
+
+    Nothing of sample s enters row s, not even by rounding: equal costs would otherwise divide noise by noise.
+    """
+    others = 1 - torch.eye(len(x), dtype=x.dtype, device=x.device)
+    mean = (others @ x.flatten(1)).reshape(x.shape) / (len(x) - 1)
+    gap = x - mean[:, None]
+    gap = torch.where(gap.abs() > 16 * torch.finfo(x.dtype).eps * x.abs(), gap, 0.0)
+    return gap * others.reshape(*others.shape, *(1 for _ in x.shape[1:]))
 
 
 def _dot(a: Tensor, b: Tensor, dims: tuple[int, ...]) -> Tensor:

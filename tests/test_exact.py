@@ -1,0 +1,352 @@
+"""Rung 1: the mean and the variance of an estimator, integrated exactly over its noise.
+
+No seed and no standard error: all joint outcomes of a discrete noise are enumerated, a continuous one is
+integrated by quadrature. The mutants at the end are the mistakes that these tests must catch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributions as td
+from torch import Tensor
+
+import gradlab as gl
+from gradlab.baselines import weighted
+from gradlab.distributions import support
+from gradlab.exact import gauss_legendre
+from gradlab.generalized import Accepted, log_accepted
+
+TOLERANCE = 1e-10
+TORCH_BESSEL = 1e-7  # torch's von Mises log_prob is a polynomial of that accuracy
+
+
+def moments(grads: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the variance of ``grads [N, P]`` under ``weights [N]``."""
+    mean = weights @ grads
+    return mean, weights @ grads**2 - mean**2
+
+
+def gradients(estimator: gl.Estimator, problem: gl.Problem, noise: object, count: int, of_t: bool = False) -> Tensor:
+    """Return the gradient for each of ``count`` outcomes of the noise, which sits in the batch: ``[count, P]``."""
+    params = {k: p.expand(count, *p.shape).clone().requires_grad_() for k, p in problem.params.items()}
+    t = problem.t.expand(count).clone().requires_grad_()
+    q = problem.make_q(params)
+    loss = estimator.estimate(q, problem.f_at(t), noise).sum()
+    wrt = [t] if of_t else list(params.values())
+    grads = torch.autograd.grad(loss, wrt, materialize_grads=True)
+    return torch.cat([g.reshape(count, -1) for g in grads], 1)
+
+
+def joint_outcomes(problem: gl.Problem, num_samples: int) -> tuple[Tensor, Tensor]:
+    """Return all outcomes of S independent samples, ``[S, N, *E]``, and their probabilities ``[N]``."""
+    q = problem.q()
+    values = support(q)
+    probs = q.log_prob(values).exp()
+    index = torch.tensor(list(itertools.product(range(len(values)), repeat=num_samples)))
+    return values[index].transpose(0, 1), probs[index].prod(1)
+
+
+def exact(problem: gl.Problem) -> Tensor:
+    return torch.cat([g.reshape(-1) for g in problem.exact()[0].values()])
+
+
+def check(estimator: gl.Estimator, problem: gl.Problem, noise: object, weights: Tensor) -> Tensor:
+    """Assert that the mean gradients are exact, of q's parameters and of f's; return the variance."""
+    tolerance = TORCH_BESSEL if problem.name == "von_mises_cos" else TOLERANCE
+    mean, variance = moments(gradients(estimator, problem, noise, len(weights)), weights)
+    torch.testing.assert_close(mean, exact(problem), rtol=tolerance, atol=tolerance)
+    mean_t, _ = moments(gradients(estimator, problem, noise, len(weights), of_t=True), weights)
+    torch.testing.assert_close(mean_t, problem.exact()[1].reshape(1), rtol=tolerance, atol=tolerance)
+    return variance
+
+
+# ---------------------------------------------------------------------------- discrete noise, enumerated
+
+
+def _zeta(z: Tensor) -> Tensor:
+    return torch.cos(z.sum(tuple(range(-len(z.shape) + 2, 0)))) if z.ndim > 2 else torch.cos(1.0 * z)
+
+
+def _control(**kwargs: object) -> gl.ControlVariate:
+    return gl.ControlVariate(_zeta, lambda q: gl.Enumerate()(q, _zeta), **kwargs)
+
+
+DISCRETE = {
+    "score": gl.ScoreFunction(1),
+    "constant": gl.ScoreFunction(2, 0.7),
+    "leave-one-out 2": gl.ScoreFunction(2, gl.LeaveOneOut()),
+    "leave-one-out 3": gl.ScoreFunction(3, gl.LeaveOneOut()),
+    "control variate": _control(),
+    "control variate 0.3": _control(coefficient=0.3, num_samples=2),
+    "control variate optimal": _control(coefficient="optimal", num_samples=3),
+    "muprop": gl.MuProp(1),
+    "muprop leave-one-out": gl.MuProp(2, gl.LeaveOneOut()),
+}
+FINITE = ["bernoulli_toy", "bernoulli_toy_499", "bernoulli_3", "categorical_3", "onehot_10", "binomial_square"]
+
+
+@pytest.mark.parametrize("name", FINITE)
+@pytest.mark.parametrize("key", DISCRETE)
+def test_discrete_mean_is_exact(key: str, name: str) -> None:
+    estimator, problem = DISCRETE[key], gl.problem(name)
+    if not estimator.supports(problem.q()):
+        assert key.startswith("muprop") and name == "categorical_3"  # an index has no mean
+        return
+    noise, weights = joint_outcomes(problem, estimator.num_samples)
+    check(estimator, problem, noise, weights)
+
+
+def _parts(name: str) -> tuple[gl.Problem, Tensor, Tensor, Tensor, Tensor]:
+    """Return the problem with p [N], f [N] and the score [N, P] of each joint value, by hand."""
+    problem = gl.problem(name)
+    logits = problem.params["logits"]
+    values = support(problem.q())
+    f = problem.f(values)
+    if name.startswith("bernoulli"):
+        flat = values.reshape(len(values), -1)
+        score = flat - logits.sigmoid()
+        p = torch.where(flat > 0, logits.sigmoid(), 1 - logits.sigmoid()).prod(-1)
+    else:
+        p = logits.softmax(-1)
+        score = torch.eye(len(p)) - p
+    return problem, p, f, score, (p * f) @ score
+
+
+@pytest.mark.parametrize("name", ["bernoulli_toy", "bernoulli_3", "categorical_3", "onehot_10"])
+@pytest.mark.parametrize("b", [0.0, 0.7])
+def test_variance_of_the_score_function(name: str, b: float) -> None:
+    problem, p, f, score, mean = _parts(name)
+    noise, weights = joint_outcomes(problem, 1)
+    expected = p @ ((f - b)[:, None] * score) ** 2 - mean**2
+    torch.testing.assert_close(check(gl.ScoreFunction(1, b), problem, noise, weights), expected)
+
+
+@pytest.mark.parametrize("name", ["bernoulli_toy", "bernoulli_3", "categorical_3", "onehot_10"])
+def test_variance_of_leave_one_out(name: str) -> None:
+    """With two samples it is the pairwise form (f1 - f2)(s1 - s2) / 2."""
+    problem, p, f, score, mean = _parts(name)
+    noise, weights = joint_outcomes(problem, 2)
+    pairwise = (f[:, None] - f)[..., None] * (score[:, None] - score) / 2
+    expected = torch.einsum("i,j,ijp->p", p, p, pairwise**2) - mean**2
+    torch.testing.assert_close(check(gl.ScoreFunction(2, gl.LeaveOneOut()), problem, noise, weights), expected)
+
+
+@pytest.mark.parametrize("name", ["bernoulli_3", "onehot_10"])
+@pytest.mark.parametrize("a", [1.0, -0.4])
+def test_variance_of_the_control_variate(name: str, a: float) -> None:
+    problem, p, f, score, mean = _parts(name)
+    zeta = _zeta(support(problem.q())[None])[0]
+    noise, weights = joint_outcomes(problem, 1)
+    known = (p * zeta) @ score
+    expected = p @ ((f - a * zeta)[:, None] * score + a * known) ** 2 - mean**2
+    torch.testing.assert_close(check(_control(coefficient=a), problem, noise, weights), expected)
+
+
+@pytest.mark.parametrize("name", ["bernoulli_3", "onehot_10"])
+def test_variance_of_muprop(name: str) -> None:
+    problem, p, f, score, mean = _parts(name)
+    values = support(problem.q())
+    center = (p @ values).requires_grad_()
+    at_center = problem.f(center)
+    (slope,) = torch.autograd.grad(at_center, center)
+    residual = f - at_center.detach() - (values - center.detach()) @ slope
+    known = torch.einsum("n,nd,np->dp", p, values, score).T @ slope  # slope . dE[z]
+    expected = p @ (residual[:, None] * score + known) ** 2 - mean**2
+    noise, weights = joint_outcomes(problem, 1)
+    torch.testing.assert_close(check(gl.MuProp(1), problem, noise, weights), expected)
+
+
+# -------------------------------------------------------------------------- continuous noise, integrated
+
+
+def sample_nodes(problem: gl.Problem) -> tuple[Tensor, Tensor]:
+    """Return one-sample noise ``[1, N]`` and its weights, from the quadrature of q."""
+    q = problem.q()
+    nodes = problem.oracle().draw(q)
+    weights = nodes.weight * q.log_prob(nodes.z).exp()
+    keep = torch.isfinite(weights) & (weights > 1e-40)
+    return nodes.z[keep][None], weights[keep]
+
+
+def uniform_nodes(ends: float = 3.3) -> tuple[Tensor, Tensor]:
+    """Return nodes and weights on (0, 1) that are dense at both ends, where inverse cdfs are singular."""
+    t, w = (torch.as_tensor(x) for x in gauss_legendre(ends, 128, []))
+    s = torch.sigmoid(math.pi * t.sinh())
+    return s.clamp(2**-53, 1 - 2**-53), w * math.pi * t.cosh() * s * torch.sigmoid(-math.pi * t.sinh())
+
+
+LINE = ["normal_square", "normal_relu", "laplace_cos", "logistic_square", "student_cos", "mixture_cos"]
+HALF = ["gamma_square", "gamma_exp", "gamma_small", "beta_square", "truncated_square", "von_mises_cos"]
+
+
+@pytest.mark.parametrize("name", [*LINE, "normal_step", *HALF])
+@pytest.mark.parametrize("estimator", [gl.ScoreFunction(1), gl.ScoreFunction(1, 0.7)], ids=["0", "0.7"])
+def test_score_function_is_exact_on_continuous_q(estimator: gl.Estimator, name: str) -> None:
+    problem = gl.problem(name)
+    noise, weights = sample_nodes(problem)
+    check(estimator, problem, noise, weights)
+
+
+@pytest.mark.parametrize("name", [*LINE, "gamma_square", "gamma_exp", "gamma_small", "beta_square"])
+def test_muprop_is_exact_on_continuous_q(name: str) -> None:
+    problem = gl.problem(name)
+    check(gl.MuProp(1), problem, *sample_nodes(problem))
+
+
+@pytest.mark.parametrize("name", ["normal_square", "gamma_square", "beta_square"])
+def test_control_variate_is_exact_on_continuous_q(name: str) -> None:
+    problem = gl.problem(name)
+    estimator = gl.ControlVariate(lambda z: z**2, lambda q: q.variance + q.mean**2, coefficient=0.8)
+    check(estimator, problem, *sample_nodes(problem))
+
+
+def _partial(q: td.Distribution) -> td.Transform:
+    """A transform that removes some of the parameters from the noise, and not all."""
+    if isinstance(q, td.Gamma):
+        return td.ComposeTransform([td.AffineTransform(0.0, q.concentration.rsqrt()), td.ExpTransform()])
+    return td.AffineTransform(q.loc - q.scale * q.loc, q.scale)
+
+
+@pytest.mark.parametrize("name", [*LINE, "gamma_square", "gamma_exp", "gamma_small", "beta_square"])
+@pytest.mark.parametrize("transform", [None, _partial], ids=["standardize", "partial"])
+def test_g_rep_is_exact(transform: Callable[..., td.Transform] | None, name: str) -> None:
+    problem = gl.problem(name)
+    if transform is not None and name in ("mixture_cos", "beta_square"):
+        transform = lambda q: td.identity_transform  # noqa: E731
+    check(gl.GeneralizedReparameterization(transform), problem, *sample_nodes(problem))
+
+
+@pytest.mark.parametrize("name", ["normal_square", "laplace_cos", "logistic_square", "uniform_square"])
+def test_inverse_cdf_is_exact(name: str) -> None:
+    problem = gl.problem(name)
+    u, weights = uniform_nodes()
+
+    def nodes(q: td.Distribution, shape: torch.Size) -> Tensor:
+        return q.icdf(u)[None]
+
+    params = {k: p.expand(len(u)).clone().requires_grad_() for k, p in problem.params.items()}
+    q = problem.make_q(params)
+    estimator = gl.Reparameterization(1, nodes)
+    loss = estimator.estimate(q, problem.f, estimator.draw(q)).sum()
+    grads = torch.stack(torch.autograd.grad(loss, list(params.values())), 1)
+    mean, _ = moments(grads, weights)
+    torch.testing.assert_close(mean, exact(problem), rtol=1e-9, atol=1e-9)  # the mass beyond a double is missing
+
+
+@pytest.mark.parametrize("name", ["gamma_square", "gamma_exp", "student_cos", "von_mises_cos", "truncated_square"])
+def test_implicit_is_exact(name: str) -> None:
+    """The noise of these is the standardised sample itself, so q's own quadrature integrates it."""
+    from gradlab.implicit import _rule
+
+    problem = gl.problem(name)
+    z, weights = sample_nodes(problem)
+    estimator = gl.ImplicitReparameterization(1)
+    noise = _rule(problem.q()).invert(problem.q(), z)
+    mean, _ = moments(gradients(estimator, problem, noise, len(weights)), weights)
+    torch.testing.assert_close(mean, exact(problem), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["gamma_square", "gamma_exp", "gamma_small"])
+@pytest.mark.parametrize("boost", [0, 1])
+def test_rsvi_is_exact(boost: int, name: str) -> None:
+    problem = gl.problem(name)
+    alpha = problem.params["concentration"] + boost
+    if alpha < 1:
+        with pytest.raises(ValueError, match=r"expected\s+at least 1"):
+            gl.RejectionReparameterization(1, boost=0)(problem.q(), problem.f)
+        return
+    mean, _ = moments(*_rsvi_gradients(gl.RejectionReparameterization(1, boost), problem))
+    torch.testing.assert_close(mean, exact(problem), rtol=1e-9, atol=1e-9)
+
+
+def _rsvi_gradients(estimator: gl.RejectionReparameterization, problem: gl.Problem) -> tuple[Tensor, Tensor]:
+    """Return the gradients on a grid of accepted noise x uniforms, and the weights of the grid."""
+    alpha = problem.params["concentration"] + estimator.boost
+    end = math.sqrt(9 * alpha - 3)  # the noise lives on (-end, infinity)
+    t, w = (torch.as_tensor(x) for x in gauss_legendre(1.0, 24, []))
+    epsilon = -end + (end + 12) * (t + 1) / 2
+    density = log_accepted(epsilon, alpha).exp() * w * (end + 12) / 2
+    u, v = uniform_nodes() if estimator.boost else (torch.ones(1), torch.ones(1))
+    grid = [x.reshape(-1) for x in torch.meshgrid(epsilon, u, indexing="ij")]
+    weights = (density[:, None] * v).reshape(-1)
+    uniforms = grid[1][None, None] if estimator.boost else torch.ones(0, 1, len(weights))
+    return gradients(estimator, problem, Accepted(grid[0][None], uniforms), len(weights)), weights
+
+
+# ---------------------------------------------------------------------- mutants that the rung must kill
+
+
+class SelfIncludingMean(gl.Baseline):
+    def forward(self, cost: Tensor, context: Tensor | None = None) -> Tensor:
+        return cost.mean(0).expand_as(cost)
+
+
+class ForgottenMean(gl.ControlVariate):
+    def estimate(self, q, f, noise, context=None):  # noqa: ANN001, ANN201
+        return (gl.magic_box(q.log_prob(noise)) * (f(noise) - self.zeta(noise))).mean(0)
+
+
+class ForgottenSlope(gl.MuProp):
+    def estimate(self, q, f, noise, context=None):  # noqa: ANN001, ANN201
+        whole = super().estimate(q, f, noise, context)
+        center = q.mean.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(f(center[None]).sum(), center)
+        return whole - (slope * gl.zero(q.mean)).sum(-1)
+
+
+class ForgottenJacobian(gl.GeneralizedReparameterization):
+    def estimate(self, q, f, noise, context=None):  # noqa: ANN001, ANN201
+        transform = self.transform(q)
+        z = transform(transform.inv(noise).detach())
+        return weighted(q.log_prob(z), f(z), self.baseline, context)
+
+
+class ForgottenCorrection(gl.RejectionReparameterization):
+    def estimate(self, q, f, noise, context=None):  # noqa: ANN001, ANN201
+        value = super().estimate(q, lambda z: gl.zero(f(z)), noise, context)  # f = 0 forward: no score term
+        return value
+
+
+def test_self_including_mean_shrinks_by_exactly_s_minus_one_over_s() -> None:
+    for size in (2, 3, 4):
+        problem = gl.problem("bernoulli_toy")
+        noise, weights = joint_outcomes(problem, size)
+        mean, _ = moments(gradients(gl.ScoreFunction(size, SelfIncludingMean()), problem, noise, len(weights)), weights)
+        torch.testing.assert_close(mean, exact(problem) * (size - 1) / size, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        ForgottenMean(_zeta, lambda q: gl.Enumerate()(q, _zeta)),
+        ForgottenSlope(1),
+        gl.ScoreFunction(3, SelfIncludingMean()),
+    ],
+    ids=["mean", "slope", "self"],
+)
+def test_discrete_mutants_die(mutant: gl.Estimator) -> None:
+    problem = gl.problem("bernoulli_3")
+    with pytest.raises(AssertionError):
+        check(mutant, problem, *joint_outcomes(problem, mutant.num_samples))
+
+
+def test_continuous_mutants_die() -> None:
+    problem = gl.problem("gamma_square")
+    with pytest.raises(AssertionError):
+        check(ForgottenJacobian(), problem, *sample_nodes(problem))
+    mean, _ = moments(*_rsvi_gradients(ForgottenCorrection(1, 0), problem))
+    assert (mean - exact(problem))[0].abs() > 0.01 * exact(problem)[0].abs()
+
+
+def test_a_wrong_baseline_that_is_unbiased_shows_in_the_variance() -> None:
+    """The pinned variance catches what the mean cannot."""
+    problem, p, f, score, mean = _parts("bernoulli_3")
+    noise, weights = joint_outcomes(problem, 1)
+    expected = p @ ((f - 0.7)[:, None] * score) ** 2 - mean**2
+    wrong = check(gl.ScoreFunction(1, -0.7), problem, noise, weights)
+    assert ((wrong - expected).abs() > 0.1 * expected).all()
