@@ -151,7 +151,7 @@ def compare(
             :class:`~gradlab.Enumerate` where the support is finite and small, and no bias is reported elsewhere.
         replicates: independent gradients per estimator, at least 2.
         chunk_size: replicates a backward, to bound memory.
-        context: passed on to learned baselines.
+        context: what learned baselines look at, ``[*B, *C]``.
 
     >>> from gradlab import LeaveOneOut, ScoreFunction
     >>> _ = torch.manual_seed(0)
@@ -192,7 +192,8 @@ def _measure(
     context: Tensor | None,
 ) -> Row:
     def loss(p: Any) -> Tensor:
-        return estimator(make_q(p), f, context)
+        copies = len(pytree.tree_leaves(p)[0])
+        return estimator(make_q(p), f, None if context is None else context.expand(copies, *context.shape))
 
     replicate(loss, params, 1)  # warm up
     start = time.perf_counter()

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from gradlab.surrogate import is_transformed
+
 __all__ = ["Cost", "Estimator", "Sampler", "Traits"]
 
 Cost = Callable[[Tensor], Tensor]
@@ -145,7 +147,7 @@ def check_distribution(estimator: Estimator, q: Distribution) -> None:
 
 def check_gradient(estimator: Estimator, loss: Tensor, q: Distribution) -> None:
     """Raise a ValueError when a gradient is wanted and the loss carries none."""
-    if not torch.is_grad_enabled() or loss.requires_grad or _transformed(loss):
+    if not torch.is_grad_enabled() or loss.requires_grad or is_transformed(loss):
         return
     remedy = (
         "Make f differentiable in z (no rounding, comparison or .detach() of z), or use an estimator that needs no "
@@ -166,7 +168,7 @@ def checked(f: Cost, q: Distribution) -> Cost:
     def cost(z: Tensor) -> Tensor:
         value = f(z)
         check_shape(value, z, q)
-        if q._validate_args and not _transformed(value) and not torch.compiler.is_compiling():
+        if q._validate_args and not is_transformed(value) and not torch.compiler.is_compiling():
             check_finite(value)
         return value
 
@@ -205,8 +207,3 @@ def check_finite(value: Tensor) -> None:
             f"f(z): found NaN in {bad} of {value.numel()} costs, expected numbers. Look for log(0), 0/0 or an "
             "overflow in f; a distribution built with validate_args=False skips this check."
         )
-
-
-def _transformed(x: Tensor) -> bool:
-    """Whether ``x`` lives inside a torch.func transform, where values cannot be looked at."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)

@@ -24,6 +24,7 @@ from torch.distributions import (
 from gradlab.baselines import Baseline, as_baseline, weighted
 from gradlab.distributions import factor, has_log_prob, has_mean, has_moving_support, is_discrete
 from gradlab.estimator import Cost, Estimator, Traits
+from gradlab.samplers import sample
 
 __all__ = ["GeneralizedReparameterization", "RejectionReparameterization", "standardize"]
 
@@ -85,7 +86,7 @@ class GeneralizedReparameterization(Estimator):
         return not is_discrete(q) and has_log_prob(q) and not has_moving_support(q)
 
     def draw(self, q: Distribution) -> Tensor:
-        return q.sample((self.num_samples,)).detach()
+        return sample(q, torch.Size([self.num_samples]))
 
     def estimate(self, q: Distribution, f: Cost, noise: Tensor, context: Tensor | None = None) -> Tensor:
         transform = self.transform(q)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from gradlab import implicit as _implicit
 from gradlab.distributions import has_icdf, is_discrete
 from gradlab.estimator import Cost, Estimator, Sampler, Traits
+from gradlab.implicit import draw, has_path, path
 from gradlab.samplers import rsample
 
 __all__ = ["ImplicitReparameterization", "Reparameterization"]
@@ -22,7 +22,7 @@ class Reparameterization(Estimator):
     .. math:: \nabla E_q[f] = E_\epsilon[\nabla_\theta f(h_\theta(\epsilon))]
 
     f must be locally absolutely continuous (a step has a derivative almost everywhere, and the answer would still
-    be wrong).
+    be wrong); for a second derivative so must f' (that of relu is not).
 
     Args:
         num_samples: S.
@@ -100,10 +100,10 @@ class ImplicitReparameterization(Estimator):
 
     @classmethod
     def supports(cls, q: Distribution) -> bool:
-        return _implicit.has_path(q)
+        return has_path(q)
 
     def draw(self, q: Distribution) -> Any:
-        return _implicit.draw(q, torch.Size([self.num_samples]))
+        return draw(q, torch.Size([self.num_samples]))
 
     def estimate(self, q: Distribution, f: Cost, noise: Any, context: Tensor | None = None) -> Tensor:
-        return f(_implicit.path(q, noise)).mean(0)
+        return f(path(q, noise)).mean(0)

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Beta, Dirichlet, Distribution
+from torch.distributions import Beta, Categorical, Dirichlet, Distribution, OneHotCategorical
 
-from gradlab.distributions import base, has_icdf, quantile, tensors
-from gradlab.implicit import implicit
-from gradlab.surrogate import first_order
+from gradlab.distributions import base, factor, has_icdf, quantile, tensors
+from gradlab.implicit import has_path, implicit
+from gradlab.surrogate import is_batched
 
 __all__ = ["implicit", "inverse_cdf", "rsample"]
+
+
+def sample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
+    """Return samples without a graph, ``[*sample_shape, *B, *E]``, also inside ``torch.func`` transforms.
+
+    There torch samples neither its Beta, Dirichlet and OneHotCategorical nor, below ``vmap``, most others; and its
+    Beta and Dirichlet degenerate in float32 at small concentrations.
+    """
+    p = factor(q)
+    if isinstance(p, Beta | Dirichlet) or (any(map(is_batched, tensors(p))) and has_path(p)):
+        return implicit(p, sample_shape).detach()
+    if isinstance(p, OneHotCategorical):
+        index = Categorical(logits=p.logits).sample(sample_shape)[..., None]
+        return (index == torch.arange(p.logits.shape[-1], device=index.device)).to(p.logits.dtype)
+    return p.sample(sample_shape).detach()
 
 
 def rsample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
     """Return ``q.rsample(sample_shape)``, ``[*sample_shape, *B, *E]``.
 
-    torch's Beta and Dirichlet return wrong second derivatives without a word; here they raise.
+    torch's Beta and Dirichlet return wrong second derivatives without a word, so they are sampled by :func:`implicit`.
 
     Raises:
         TypeError: q has no rsample.
@@ -31,8 +46,7 @@ def rsample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
             f"rsample: found {type(q).__name__}, which has none, expected a distribution that torch can sample "
             "along a path. Try gradlab.implicit or gradlab.inverse_cdf, or a ScoreFunction estimator."
         )
-    z = q.rsample(sample_shape)
-    return first_order(z) if isinstance(base(q), Beta | Dirichlet) else z
+    return implicit(q, sample_shape) if isinstance(base(q), Beta | Dirichlet) else q.rsample(sample_shape)
 
 
 def inverse_cdf(q: Distribution, sample_shape: Size = Size()) -> Tensor:

@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 from gradlab.baselines import Baseline, as_baseline, weighted
 from gradlab.distributions import has_log_prob, has_mean, has_moving_support, scores
 from gradlab.estimator import Cost, Estimator, Traits
+from gradlab.samplers import sample
 from gradlab.surrogate import magic_box, zero
 
 __all__ = ["ControlVariate", "MuProp", "ScoreFunction"]
@@ -24,7 +25,7 @@ class _Score(Estimator):
         return has_log_prob(q) and not has_moving_support(q)
 
     def draw(self, q: Distribution) -> Tensor:
-        return q.sample((self.num_samples,)).detach()
+        return sample(q, torch.Size([self.num_samples]))
 
 
 class ScoreFunction(_Score):

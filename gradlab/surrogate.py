@@ -83,7 +83,8 @@ def descend(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
         parameters: the tensors to train.
 
     Raises:
-        RuntimeError: when differentiated twice with respect to ``parameters``.
+        RuntimeError: when differentiated twice with respect to ``parameters``, or when ``torch.func`` asks for
+            their gradient. (Inside ``torch.func`` with parameters outside, the result is plain zeros.)
 
     >>> c = torch.tensor(2.0, requires_grad=True)
     >>> (-3 * descend(c * c, [c])).backward()
@@ -91,7 +92,12 @@ def descend(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     12.0
     """
     leaves = [p for p in parameters if p.requires_grad]
-    if not leaves or not torch.is_grad_enabled():
+    if any(map(is_transformed, leaves)):
+        raise RuntimeError(
+            "gradlab: found the parameters of a learned control variate inside torch.func, expected them outside. "
+            "Train them with loss.backward(), or differentiate with respect to q's parameters only."
+        )
+    if not leaves or not torch.is_grad_enabled() or is_transformed(loss):
         return torch.zeros_like(loss)
     return _Descend.apply([loss], *leaves)
 
@@ -101,6 +107,20 @@ def first_order(x: Tensor) -> Tensor:
     if not x.requires_grad or torch.compiler.is_compiling():  # compiled graphs refuse second derivatives themselves
         return x
     return _FirstOrder.apply(x)
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether ``x`` lives inside a ``torch.func`` transform, where values cannot be looked at."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether ``x`` lives inside a ``torch.func.vmap``."""
+    while is_transformed(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
 
 
 class _FirstOrder(torch.autograd.Function):
