@@ -6,6 +6,7 @@ from gradlab.distributions import Logistic, TruncatedNormal
 from gradlab.estimator import Cost, Estimator, Sampler, Traits
 from gradlab.exact import Enumerate, Quadrature
 from gradlab.generalized import GeneralizedReparameterization, RejectionReparameterization, standardize
+from gradlab.paths import Path, has_path, register_path
 from gradlab.pathwise import ImplicitReparameterization, Reparameterization
 from gradlab.problems import PROBLEMS, Problem, problem
 from gradlab.samplers import implicit, inverse_cdf, rsample
@@ -30,6 +31,7 @@ __all__ = [
     "Logistic",
     "MovingAverage",
     "MuProp",
+    "Path",
     "Problem",
     "Quadrature",
     "RejectionReparameterization",
@@ -42,10 +44,12 @@ __all__ = [
     "attach",
     "compare",
     "descend",
+    "has_path",
     "implicit",
     "inverse_cdf",
     "magic_box",
     "problem",
+    "register_path",
     "replicate",
     "rsample",
     "standardize",

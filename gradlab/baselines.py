@@ -74,6 +74,9 @@ class MovingAverage(Baseline):
         decay: :math:`\beta` in [0, 1).
     """
 
+    average: Tensor
+    weight: Tensor
+
     def __init__(self, decay: float = 0.9) -> None:
         super().__init__()
         if not 0 <= decay < 1:

@@ -83,7 +83,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: gradlab compare --problem bernoulli_3 --samples 4 --replicates 20000",
     )
     p.add_argument(
-        "--problem", required=True, choices=list(PROBLEMS), metavar="NAME", help="one of those that `gradlab problems` lists"
+        "--problem",
+        required=True,
+        choices=list(PROBLEMS),
+        metavar="NAME",
+        help="one of those that `gradlab problems` lists",
     )
     p.add_argument(
         "--estimators",
@@ -93,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"which estimators (default: all that can serve the problem), of: {', '.join(ESTIMATORS)}",
     )
     p.add_argument("--samples", type=_positive, default=1, metavar="S", help="samples per gradient (default 1)")
-    p.add_argument("--replicates", type=_positive, default=10_000, metavar="R", help="gradients measured (default 10000)")
+    p.add_argument(
+        "--replicates", type=_positive, default=10_000, metavar="R", help="gradients measured (default 10000)"
+    )
     p.add_argument("--seed", type=int, default=0, help="seed of the random numbers (default 0)")
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser

@@ -239,4 +239,6 @@ def _number(x: float | int | None) -> str:
 
 
 def _flatten(tree: Any, batch_dims: int) -> Tensor:
-    return torch.cat([t.flatten(batch_dims) if t.ndim > batch_dims else t[..., None] for t in pytree.tree_leaves(tree)], -1)
+    return torch.cat(
+        [t.flatten(batch_dims) if t.ndim > batch_dims else t[..., None] for t in pytree.tree_leaves(tree)], -1
+    )

@@ -71,9 +71,7 @@ class Estimator(nn.Module, ABC):
     def __init__(self, num_samples: int = 1) -> None:
         super().__init__()
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(
-                f"{type(self).__name__}: found num_samples={num_samples!r}, expected a positive int."
-            )
+            raise ValueError(f"{type(self).__name__}: found num_samples={num_samples!r}, expected a positive int.")
         self.num_samples = num_samples
 
     @classmethod
@@ -135,9 +133,7 @@ def check_distribution(estimator: Estimator, q: Distribution) -> None:
     """Raise a TypeError unless ``estimator`` can serve ``q``."""
     name = type(estimator).__name__
     if not isinstance(q, Distribution):
-        raise TypeError(
-            f"{name}: found q of type {type(q).__name__}, expected a torch.distributions.Distribution."
-        )
+        raise TypeError(f"{name}: found q of type {type(q).__name__}, expected a torch.distributions.Distribution.")
     if not estimator.supports(q):
         able = ", ".join(sorted(e.__name__ for e in estimators() if e.supports(q))) or "none in gradlab"
         raise TypeError(

@@ -40,7 +40,9 @@ class GeneralizedReparameterization(Estimator):
         \log p_\theta(\epsilon) = \log q_\theta(T_\theta(\epsilon)) + \log|\det \nabla_\epsilon T_\theta(\epsilon)|
 
     The identity transform gives the score function, a transform that whitens z completely the reparameterization
-    estimator, and everything between interpolates.
+    estimator, and everything between interpolates. The range of :math:`\epsilon` must not move with
+    :math:`\theta` (that of :math:`\epsilon = z - 1/\lambda` does for an exponential z): nothing can check it here, and
+    the gradient would be biased.
 
     Args:
         transform: ``q -> torch.distributions.Transform``, built from q's parameters with their graph;
@@ -117,7 +119,8 @@ class RejectionReparameterization(Estimator):
         baseline: subtracted from f in the second term.
 
     Raises:
-        ValueError: ``boost=0`` and a concentration below 1, where the sampler does not exist.
+        ValueError: ``boost=0`` and a concentration below 1, where the sampler is not used (the proposal itself
+            needs 1/3).
 
     Reference:
         `Reparameterization Gradients through Acceptance-Rejection Sampling Algorithms
@@ -141,9 +144,7 @@ class RejectionReparameterization(Estimator):
         reference="Naesseth et al. (2017), https://arxiv.org/abs/1610.05683",
     )
 
-    def __init__(
-        self, num_samples: int = 1, boost: int = 1, baseline: Baseline | float | None = None
-    ) -> None:
+    def __init__(self, num_samples: int = 1, boost: int = 1, baseline: Baseline | float | None = None) -> None:
         super().__init__(num_samples)
         if isinstance(boost, bool) or not isinstance(boost, int) or boost < 0:
             raise ValueError(f"RejectionReparameterization: found boost={boost!r}, expected an int >= 0.")
@@ -174,8 +175,8 @@ class RejectionReparameterization(Estimator):
     def _check(self, alpha: Tensor) -> None:
         if self.boost == 0 and bool((alpha < 1).any()):
             raise ValueError(
-                f"RejectionReparameterization: found a concentration of {alpha.min().item():.4g} with boost=0, expected "
-                "at least 1, where the Marsaglia-Tsang sampler exists. Set boost=1 or more."
+                f"RejectionReparameterization: found a concentration of {alpha.min().item():.4g} with boost=0, "
+                "expected at least 1, the range of the Marsaglia-Tsang sampler. Set boost=1 or more."
             )
 
     def extra_repr(self) -> str:
@@ -198,9 +199,7 @@ def standardize(q: Distribution) -> Transform:
     p = factor(q)
     if isinstance(p, Gamma):
         scale = torch.polygamma(1, p.concentration).sqrt()
-        return ComposeTransform(
-            [AffineTransform(p.concentration.digamma() - p.rate.log(), scale), ExpTransform()]
-        )
+        return ComposeTransform([AffineTransform(p.concentration.digamma() - p.rate.log(), scale), ExpTransform()])
     if isinstance(p, Beta):
         a, b = p.concentration1, p.concentration0
         scale = (torch.polygamma(1, a) + torch.polygamma(1, b)).sqrt()

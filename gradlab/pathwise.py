@@ -10,7 +10,7 @@ from torch.distributions import Distribution
 
 from gradlab.distributions import has_icdf, is_discrete
 from gradlab.estimator import Cost, Estimator, Sampler, Traits
-from gradlab.implicit import draw, has_path, path
+from gradlab.paths import draw, has_path, path
 from gradlab.samplers import rsample
 
 __all__ = ["ImplicitReparameterization", "Reparameterization"]
@@ -88,7 +88,7 @@ class ImplicitReparameterization(Estimator):
     """
 
     traits = Traits(
-        serves="gamma, beta, Dirichlet, Student-t, von Mises, truncated normal, mixtures and the location-scale families",
+        serves="gamma, beta, Dirichlet, Student-t, von Mises, truncated normal, mixtures, location-scale families",
         unbiased=True,
         needs_gradient=True,
         relaxes=False,

@@ -132,7 +132,9 @@ def _cos_of_normals(p: Params, t: Tensor) -> Tensor:
 _WEIGHTS = torch.linspace(-1, 1, 20, dtype=torch.float64)
 _TABLE = torch.tensor([1.0, 2.5, -0.7], dtype=torch.float64)
 _RAMP = torch.linspace(-1, 2, 10, dtype=torch.float64)
-_MATRIX = torch.tensor([[0.2, -0.6, 1.1], [0.5, 0.4, -0.9], [-0.3, 0.8, 0.1], [1.0, -0.2, 0.3], [0.0, 0.7, -0.5]], dtype=torch.float64)
+_MATRIX = torch.tensor(
+    [[0.2, -0.6, 1.1], [0.5, 0.4, -0.9], [-0.3, 0.8, 0.1], [1.0, -0.2, 0.3], [0.0, 0.7, -0.5]], dtype=torch.float64
+)
 
 _LIST = [
     Problem(

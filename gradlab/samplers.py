@@ -7,7 +7,7 @@ from torch import Size, Tensor
 from torch.distributions import Beta, Categorical, Dirichlet, Distribution, OneHotCategorical
 
 from gradlab.distributions import base, factor, has_icdf, quantile, tensors
-from gradlab.implicit import has_path, implicit
+from gradlab.paths import has_path, implicit
 from gradlab.surrogate import is_batched
 
 __all__ = ["implicit", "inverse_cdf", "rsample"]

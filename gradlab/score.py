@@ -127,7 +127,8 @@ class ControlVariate(_Score):
 
     def estimate(self, q: Distribution, f: Cost, noise: Tensor, context: Tensor | None = None) -> Tensor:
         cost, zeta = f(noise), self.zeta(noise)  # [S, *B]
-        a = optimal_coefficient(scores(q, noise), cost, zeta) if self.coefficient == "optimal" else self.coefficient
+        fixed = self.coefficient
+        a = optimal_coefficient(scores(q, noise), cost, zeta) if isinstance(fixed, str) else fixed
         return (magic_box(q.log_prob(noise)) * (cost - a * zeta) + a * self.mean(q)).mean(0)
 
 
@@ -182,7 +183,7 @@ class MuProp(_Score):
     def estimate(self, q: Distribution, f: Cost, noise: Tensor, context: Tensor | None = None) -> Tensor:
         center = q.mean.detach()
         with torch.enable_grad():
-            cost, pullback = torch.func.vjp(f, torch.cat([noise, center[None]]))  # [S + 1, *B]
+            cost, pullback, *_ = torch.func.vjp(f, torch.cat([noise, center[None]]))  # [S + 1, *B]
             at_center = torch.zeros_like(cost).index_fill(0, cost.new_tensor(len(noise), dtype=torch.long), 1)
             slope = pullback(at_center)[0][-1].detach()  # f'(mean), [*B, *E]
         dims = tuple(range(-len(q.event_shape), 0))

@@ -29,7 +29,20 @@ def test_compare_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_seed_makes_it_reproducible(capsys: pytest.CaptureFixture[str]) -> None:
     means = []
     for _ in range(2):
-        main(["compare", "--problem", "normal_cos", "--estimators", "score", "--replicates", "100", "--json", "--seed", "7"])
+        main(
+            [
+                "compare",
+                "--problem",
+                "normal_cos",
+                "--estimators",
+                "score",
+                "--replicates",
+                "100",
+                "--json",
+                "--seed",
+                "7",
+            ]
+        )
         means.append(json.loads(capsys.readouterr().out)["rows"][0]["mean"])
     assert means[0] == means[1]
 
@@ -56,7 +69,8 @@ def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["compare"], ["compare", "--problem", "nope"], ["compare", "--problem", "normal_cos", "--replicates", "0"]]
+    "argv",
+    [[], ["compare"], ["compare", "--problem", "nope"], ["compare", "--problem", "normal_cos", "--replicates", "0"]],
 )
 def test_bad_arguments(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:

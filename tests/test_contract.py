@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import gradlab as gl
 from gradlab.estimator import estimators
 
+
 @contextlib.contextmanager
 def td_validation_off() -> Iterator[None]:
     """torch validates by looking at values, which vmap forbids."""
@@ -52,9 +53,7 @@ def test_shapes_and_counts(case: Case, problem: gl.Problem, device: torch.device
 
 
 @pytest.mark.parametrize(("case", "problem"), PAIRS, ids=IDS)
-def test_problems_of_a_batch_do_not_influence_each_other(
-    case: Case, problem: gl.Problem, device: torch.device
-) -> None:
+def test_problems_of_a_batch_do_not_influence_each_other(case: Case, problem: gl.Problem, device: torch.device) -> None:
     problem = on(device, problem)
     estimator, params = case.make(problem), params_of(problem, 4)
     loss = estimator(problem.make_q(params), problem.f)
@@ -270,7 +269,7 @@ def test_cost_without_derivative() -> None:
 
 
 def test_q_that_is_no_distribution() -> None:
-    with pytest.raises(TypeError, match="found q of type Tensor, expected a torch.distributions.Distribution"):
+    with pytest.raises(TypeError, match=r"found q of type Tensor, expected a torch\.distributions\.Distribution"):
         gl.ScoreFunction()(torch.zeros(3), torch.sin)
 
 
@@ -288,9 +287,10 @@ def test_q_that_is_no_distribution() -> None:
     ids=lambda x: type(x).__name__,
 )
 def test_unsupported_q_names_those_that_can(estimator: gl.Estimator, q: td.Distribution, able: str) -> None:
-    message = rf"{type(estimator).__name__} cannot serve .*{type(q).__name__}.*Estimators that can: .*{re.escape(able)}"
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(TypeError, match=rf"{type(estimator).__name__} cannot serve .*{type(q).__name__}") as error:
         estimator(q, lambda z: z)
+    named = str(error.value).split("Estimators that can: ")[1]
+    assert all(re.search(rf"\b{name}\b", named) for name in able.split(", "))
 
 
 @pytest.mark.parametrize("num_samples", [0, -1, 2.5, True, "3"])

@@ -66,7 +66,9 @@ def test_compare_shows_a_bias() -> None:
 
 
 def test_compare_without_an_exact_gradient() -> None:
-    result = gl.compare({"path": gl.Reparameterization()}, lambda p: td.Normal(p, 1.0), torch.sin, torch.tensor(0.3), replicates=50)
+    result = gl.compare(
+        {"path": gl.Reparameterization()}, lambda p: td.Normal(p, 1.0), torch.sin, torch.tensor(0.3), replicates=50
+    )
     assert result["path"].bias is None
     assert result["path"].z is None
     assert " - " in str(result)

@@ -241,7 +241,7 @@ def test_inverse_cdf_is_exact(name: str) -> None:
 @pytest.mark.parametrize("name", ["gamma_square", "gamma_exp", "student_cos", "von_mises_cos", "truncated_square"])
 def test_implicit_is_exact(name: str) -> None:
     """The noise of these is the standardised sample itself, so q's own quadrature integrates it."""
-    from gradlab.implicit import _rule
+    from gradlab.paths import _rule
 
     problem = gl.problem(name)
     z, weights = sample_nodes(problem)
@@ -287,12 +287,12 @@ class SelfIncludingMean(gl.Baseline):
 
 
 class ForgottenMean(gl.ControlVariate):
-    def estimate(self, q, f, noise, context=None):  # noqa: ANN001, ANN201
+    def estimate(self, q, f, noise, context=None):
         return (gl.magic_box(q.log_prob(noise)) * (f(noise) - self.zeta(noise))).mean(0)
 
 
 class ForgottenSlope(gl.MuProp):
-    def estimate(self, q, f, noise, context=None):  # noqa: ANN001, ANN201
+    def estimate(self, q, f, noise, context=None):
         whole = super().estimate(q, f, noise, context)
         center = q.mean.detach().requires_grad_()
         (slope,) = torch.autograd.grad(f(center[None]).sum(), center)
@@ -300,14 +300,14 @@ class ForgottenSlope(gl.MuProp):
 
 
 class ForgottenJacobian(gl.GeneralizedReparameterization):
-    def estimate(self, q, f, noise, context=None):  # noqa: ANN001, ANN201
+    def estimate(self, q, f, noise, context=None):
         transform = self.transform(q)
         z = transform(transform.inv(noise).detach())
         return weighted(q.log_prob(z), f(z), self.baseline, context)
 
 
 class ForgottenCorrection(gl.RejectionReparameterization):
-    def estimate(self, q, f, noise, context=None):  # noqa: ANN001, ANN201
+    def estimate(self, q, f, noise, context=None):
         value = super().estimate(q, lambda z: gl.zero(f(z)), noise, context)  # f = 0 forward: no score term
         return value
 

@@ -12,7 +12,7 @@ from gradlab.distributions import scores
 from gradlab.score import optimal_coefficient
 
 
-def grads(estimator: gl.Estimator, q_of, f, leaves: list[Tensor], noise: object) -> tuple[Tensor, ...]:  # noqa: ANN001
+def grads(estimator: gl.Estimator, q_of, f, leaves: list[Tensor], noise: object) -> tuple[Tensor, ...]:
     loss = estimator.estimate(q_of(*leaves), f, noise).sum()
     return torch.autograd.grad(loss, leaves, materialize_grads=True)
 

@@ -37,7 +37,7 @@ def normal(loc: Tensor) -> td.Distribution:
     return td.Independent(td.Normal(loc, 0.6), 1)
 
 
-def two_layers(outer: gl.Estimator, inner: gl.Estimator, make_q, first: Tensor, second: Tensor) -> Tensor:  # noqa: ANN001
+def two_layers(outer: gl.Estimator, inner: gl.Estimator, make_q, first: Tensor, second: Tensor) -> Tensor:
     """E over z1 of E over z2 given z1 of a cost of both, with parameters in both layers."""
     weight = WEIGHT.to(first)
 
@@ -47,7 +47,7 @@ def two_layers(outer: gl.Estimator, inner: gl.Estimator, make_q, first: Tensor, 
     return outer(make_q(first), cost)
 
 
-def check(outer: gl.Estimator, inner: gl.Estimator, make_q, exact: Tensor, count: int) -> None:  # noqa: ANN001
+def check(outer: gl.Estimator, inner: gl.Estimator, make_q, exact: Tensor, count: int) -> None:
     point = torch.tensor([0.4, -0.3, 0.2, 0.6])
     grads = gl.replicate(lambda p: two_layers(outer, inner, make_q, p[..., :2], p[..., 2:]), point, count)
     error = grads.std(0) / count**0.5

@@ -39,9 +39,7 @@ def test_exact_gradient_equals_finite_differences(name: str) -> None:
             step = torch.zeros_like(grad).flatten()
             step[index] = h
             step = step.reshape(grad.shape)
-            moved = [
-                problem.value({**problem.params, key: problem.params[key] + s * step}, problem.t) for s in (1, -1)
-            ]
+            moved = [problem.value({**problem.params, key: problem.params[key] + s * step}, problem.t) for s in (1, -1)]
             difference = (moved[0] - moved[1]) / (2 * h)
             torch.testing.assert_close(grad.flatten()[index], difference, rtol=1e-5, atol=2e-7)
     moved = [problem.value(problem.params, problem.t + s * h) for s in (1, -1)]

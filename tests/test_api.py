@@ -1,0 +1,115 @@
+"""The public names, what importing them costs, and that the layers point down only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import gradlab as gl
+
+PACKAGE = Path(gl.__file__).parent
+
+PUBLIC = [
+    "PROBLEMS",
+    "Baseline",
+    "Comparison",
+    "Constant",
+    "ControlVariate",
+    "Cost",
+    "Enumerate",
+    "Estimator",
+    "GeneralizedReparameterization",
+    "ImplicitReparameterization",
+    "Learned",
+    "LeaveOneOut",
+    "Logistic",
+    "MovingAverage",
+    "MuProp",
+    "Path",
+    "Problem",
+    "Quadrature",
+    "RejectionReparameterization",
+    "Reparameterization",
+    "Row",
+    "Sampler",
+    "ScoreFunction",
+    "Traits",
+    "TruncatedNormal",
+    "attach",
+    "compare",
+    "descend",
+    "has_path",
+    "implicit",
+    "inverse_cdf",
+    "magic_box",
+    "problem",
+    "register_path",
+    "replicate",
+    "rsample",
+    "standardize",
+    "zero",
+]
+
+LAYERS = [
+    {"surrogate", "special"},
+    {"distributions"},
+    {"estimator"},
+    {"paths"},
+    {"baselines", "samplers"},
+    {"score", "pathwise", "generalized", "exact"},
+    {"diagnostics", "problems"},
+    {"cli"},
+]
+
+
+def test_public_names() -> None:
+    assert sorted(gl.__all__) == sorted(PUBLIC)
+    assert all(hasattr(gl, name) for name in gl.__all__)
+
+
+def test_every_module_exports_what_it_says() -> None:
+    for name in {m for layer in LAYERS for m in layer} - {"cli"}:
+        module = __import__(f"gradlab.{name}", fromlist=["x"])
+        assert all(hasattr(module, n) for n in module.__all__), name
+
+
+def imports(module: str) -> set[str]:
+    """The gradlab modules that a module imports, at the top or inside a function."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    found = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    names = {
+        f"gradlab.{a.name}"
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom) and n.module == "gradlab"
+        for a in n.names
+    }
+    return {n.removeprefix("gradlab.") for n in found | names if n.startswith("gradlab.")}
+
+
+def test_imports_point_down_only() -> None:
+    """A family never imports another, a foundation never a family."""
+    for level, layer in enumerate(LAYERS):
+        below = {m for lower in LAYERS[:level] for m in lower}
+        for module in layer:
+            assert imports(module) <= below, (module, imports(module) - below)
+
+
+def test_every_module_has_a_layer() -> None:
+    modules = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__", "__main__", "notebook"}
+    assert modules == {m for layer in LAYERS for m in layer}
+
+
+def test_import_needs_torch_and_numpy_only() -> None:
+    code = (
+        "import sys, time, torch, numpy; before = set(sys.modules); start = time.perf_counter()\n"
+        "from gradlab import *\n"
+        "print(time.perf_counter() - start)\n"
+        "extra = {m.split('.')[0] for m in set(sys.modules) - before} - {'gradlab', 'torch', 'numpy'}\n"
+        "print(sorted(extra - set(sys.stdlib_module_names)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout
+    seconds, extra = out.splitlines()
+    assert extra == "[]"
+    assert float(seconds) < 0.3
