@@ -1,0 +1,88 @@
+"""The top level: what stands there, and that its files agree with each other."""
+
+import os
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCK = dict(re.findall(r"^([a-z0-9.-]+)==(\S+)$", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+TOP_LEVEL = [
+    *("book", "gradlab", "scripts", "tests", "_config.yml", "_toc.yml"),
+    *("environment.yml", "requirements.lock", "pyproject.toml", "Makefile"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE"),
+    *(".ci/run", ".github/workflows/test.yml", ".github/workflows/book.yml", ".pre-commit-config.yaml"),
+]
+
+
+def direct_dependencies() -> list[str]:
+    extras = PROJECT["optional-dependencies"].values()
+    return PROJECT["dependencies"] + [line for extra in extras for line in extra]
+
+
+@pytest.mark.parametrize("name", TOP_LEVEL)
+def test_the_top_level_is_complete(name):
+    assert (ROOT / name).exists()
+
+
+@pytest.mark.parametrize("line", direct_dependencies())
+def test_the_lock_satisfies_the_project(line):
+    from packaging.requirements import Requirement
+
+    requirement = Requirement(line)
+    assert requirement.specifier.contains(LOCK[requirement.name]), f"{line}, locked {LOCK[requirement.name]}"
+
+
+def test_the_conda_environment_has_the_locked_versions():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    pins = dict(line.split("==") for line in conda[-1]["pip"] if "==" in line)
+    names = {re.match(r"[\w.-]+", line)[0] for line in direct_dependencies()}
+    assert pins == {name: LOCK[name] for name in names}
+    assert f"python{PROJECT['requires-python']}" in conda
+
+
+def test_the_lock_is_complete():
+    """Whatever is installed and needed by what is locked is locked too."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    from packaging.requirements import Requirement
+
+    for name in LOCK:
+        try:
+            lines = requires(name) or []
+        except PackageNotFoundError:
+            continue  # an environment of the user's own
+        for requirement in map(Requirement, lines):
+            known = re.sub(r"[-_.]+", "-", requirement.name).lower() in LOCK
+            needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            assert known or not needed or name == "torch", f"{name} needs {requirement}"
+
+
+def test_versions_agree():
+    import gradlab
+
+    version = PROJECT["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert getattr(gradlab, "__version__", version) == version
+
+
+def test_the_core_needs_torch_and_numpy_only():
+    assert {re.match(r"[\w-]+", line)[0] for line in PROJECT["dependencies"]} == {"torch", "numpy"}
+
+
+def test_the_readme_and_ci_name_the_same_commands():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    for command in ("book", "test"):
+        assert f"make {command} " in readme
+        assert re.search(rf"^{command}:", makefile, re.MULTILINE)
+    assert (ROOT / ".ci/run").read_text().rstrip().endswith("make test")
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_the_readme_never_tells_to_install_the_other_gradlab():
+    for line in (ROOT / "README.md").read_text().splitlines():
+        assert "pip install gradlab" not in line or "never `pip install gradlab`" in line
