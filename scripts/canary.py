@@ -1,0 +1,94 @@
+"""Is the guard awake? Break one line of the package, and require that the chapter which teaches it turns red.
+
+python scripts/canary.py [chapter ...]    all chapters, or those named as 02
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Canary(NamedTuple):
+    """One line to break; ``old`` stands exactly once in ``file``."""
+
+    chapter: str
+    file: str
+    old: str
+    new: str
+
+
+CANARIES = [
+    Canary(
+        "01", "exact.py", "(q.log_prob(noise).exp() * f(noise)).sum(0)", "(q.log_prob(noise).exp() * f(noise)).mean(0)"
+    ),
+    Canary("02", "score.py", "weighted(q.log_prob(noise), cost,", "weighted(0.9 * q.log_prob(noise), cost,"),
+    Canary("03", "baselines.py", "(cost.sum(0) - cost) / (len(cost) - 1)", "(cost.sum(0) + 0 * cost) / len(cost)"),
+    Canary("04", "pathwise.py", "return f(noise).mean(0)", "return f(0.9 * noise + 0.1 * noise.detach()).mean(0)"),
+    Canary("05", "paths.py", "special.log_gamma_grad(alpha, noise)", "0.98 * special.log_gamma_grad(alpha, noise)"),
+    Canary("06", "generalized.py", "q.log_prob(z) + log_det", "q.log_prob(z)"),
+]
+
+
+def broken_copy(canary: Canary, folder: Path) -> None:
+    """Copy the package and the book, and break the line."""
+    for name in ("gradlab", "book", "tests", "pyproject.toml"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "_extra"))
+        else:
+            shutil.copy(source, folder)
+    path = folder / "gradlab" / canary.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(canary.old) != 1:
+        raise ValueError(f"gradlab/{canary.file}: found {text.count(canary.old)} times, expected once: {canary.old}")
+    path.write_text(text.replace(canary.old, canary.new), encoding="utf-8")
+
+
+def notices(canary: Canary) -> tuple[bool, str]:
+    """Does the chapter's comparison fail, in at least one cell, with a package that still imports?"""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        broken_copy(canary, folder)
+        environment = os.environ | {"PYTHONPATH": name, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+        python = [sys.executable, "-c", "import gradlab; print(gradlab.__file__)"]
+        found = subprocess.run(python, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
+        if not found.startswith(name):
+            raise RuntimeError("the broken copy is not the package that is imported")
+        [chapter] = (folder / "book").glob(f"{canary.chapter}_*.ipynb")
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "--nbval",
+            "--nbval-current-env",
+        ]
+        command += ["--nbval-sanitize-with", "tests/nbval.cfg", str(chapter)]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode == 1, done.stdout[-2000:]
+
+
+def main() -> int:
+    """Run the command line."""
+    wanted = [canary for canary in CANARIES if not sys.argv[1:] or canary.chapter in sys.argv[1:]]
+    missed = 0
+    for canary in wanted:
+        noticed, _ = notices(canary)
+        missed += not noticed
+        print(
+            f"{canary.chapter} {canary.file}: {'noticed' if noticed else 'NOT NOTICED'}: {canary.old} -> {canary.new}"
+        )
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
