@@ -111,7 +111,7 @@ def first_order(x: Tensor) -> Tensor:
 
 def is_transformed(x: Tensor) -> bool:
     """Whether ``x`` lives inside a ``torch.func`` transform, where values cannot be looked at."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def is_batched(x: Tensor) -> bool:

@@ -68,12 +68,14 @@ def methods() -> str:
     """All methods side by side, from what their classes declare."""
     lines = [
         f"{NOTE}(methods)=\n# All methods\n",
-        "What each estimator of the package declares about itself, and what tests hold it to: the number of "
-        "evaluations to a cost that counts, *unbiased* to the exact gradient, second derivatives to the exact Hessian or a "
-        "clear error. S is `num_samples`, K the number of values of one discrete factor, d the number of factors. *Exact "
-        "samples*: f is evaluated on the support of q only.\n",
-        _table(FULL),
-        "\nThe second post ({cite:t}`backpropagating`) has such a table; the column *unbiased* is the one that it "
+        "What each estimator of the package declares about itself, and what tests hold it to: the number of\n"
+        "evaluations to a cost that counts, *unbiased* to the exact gradient, second derivatives to the exact Hessian\n"
+        "or a clear error. S is `num_samples`, K the number of values of one discrete factor, d the number of\n"
+        "factors. *Exact samples*: f is evaluated on the support of q only.\n",
+        _table(TRAITS),
+        "\n## What each one serves\n",
+        _table(DOMAIN),
+        "\nThe second post ({cite:t}`backpropagating`) has such a table; the column *unbiased* is the one that it\n"
         "lacks. Its rows for discrete relaxations follow with the chapters of Part III.\n",
     ]
     return "\n".join(lines)
@@ -108,14 +110,16 @@ BRIEF = {
     "f evaluations": lambda e: e.traits.evaluations,
     "reference": _linked,
 }
-FULL = {
-    **{k: v for k, v in BRIEF.items() if k != "reference"},
+TRAITS = {
+    "estimator": lambda e: f"{{py:class}}`~gradlab.{e.__name__}`",
+    "unbiased": _yes("unbiased"),
+    "needs df/dz": _yes("needs_gradient"),
     "exact samples": _yes("relaxes", False),
+    "f evaluations": lambda e: e.traits.evaluations,
     "second derivatives": lambda e: "right" if e.traits.second_order else "raise",
     "`torch.func`": _yes("transforms"),
-    "reference": _linked,
 }
-FULL["estimator"] = lambda e: f"{{py:class}}`~gradlab.{e.__name__}`"
+DOMAIN = {"estimator": TRAITS["estimator"], "serves": BRIEF["serves"], "reference": _linked}
 
 
 def chapters() -> dict[str, Path]:

@@ -395,6 +395,41 @@ def test_vmap_of_grad(case: Case, problem: gl.Problem, device: torch.device) -> 
     assert noiseless or any(len(g.unique(dim=0)) > 1 for g in grads.values())
 
 
+COMPILED = [
+    ("score", "normal_square"),
+    ("score, leave-one-out", "normals_3"),
+    ("control variate", "normal_square"),
+    ("reparameterization", "normals_3"),
+    ("inverse cdf", "laplace_cos"),
+    ("implicit", "gamma_square"),
+    ("implicit", "mixture_cos"),
+    ("g-rep", "normal_square"),
+    ("rsvi", "gamma_square"),
+]
+
+
+@pytest.mark.parametrize(("name", "problem"), COMPILED, ids=lambda x: x)
+def test_compiles_to_one_graph(name: str, problem: str, device: torch.device) -> None:
+    """The eager backend: one graph and the right numbers, without the minutes of a code generator."""
+    case, at = next((c, on(device, p)) for c, p in PAIRS if (c.name, p.name) == (name, problem))
+    estimator = case.make(at)
+
+    def gradients(call) -> list[Tensor]:
+        params = params_of(at, 3)
+        torch.manual_seed(4)
+        with td_validation_off():
+            loss = call(params)
+        return list(torch.autograd.grad(loss.sum(), list(params.values()), materialize_grads=True))
+
+    def loss(params: dict[str, Tensor]) -> Tensor:
+        return estimator(at.make_q(params), at.f)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(gradients(compiled), gradients(loss), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_every_estimator_is_tested() -> None:
     tested = {type(case.make(gl.problem("bernoulli_3"))) for case in CASES} | {gl.Quadrature}
     public = {e for e in estimators() if e.__module__.startswith("gradlab")}

@@ -86,3 +86,14 @@ def test_the_readme_and_ci_name_the_same_commands():
 def test_the_readme_never_tells_to_install_the_other_gradlab():
     for line in (ROOT / "README.md").read_text().splitlines():
         assert "pip install gradlab" not in line or "never `pip install gradlab`" in line
+
+
+def test_the_example_of_the_readme_runs():
+    """The Python block of the README leaves a gradient behind."""
+    [example] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    assert names["logits"].grad.shape == (8,)
+    [line] = re.findall(r"^\+(estimator = .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    exec(line, names)
+    names["estimator"](names["q"], names["f"]).backward()
