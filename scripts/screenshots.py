@@ -139,7 +139,8 @@ def inspect(browser: Browser, page: Path, output: Path) -> list[str]:
 
 def main() -> int:
     """Run the command line."""
-    if len(sys.argv) < 2 or not shutil.which("chromedriver") or not (SITE / "index.html").exists():
+    unusable = len(sys.argv) < 2 or any(argument.startswith("-") for argument in sys.argv[1:])
+    if unusable or not shutil.which("chromedriver") or not (SITE / "index.html").exists():
         print(__doc__)
         return 2
     output = Path(sys.argv[1])
