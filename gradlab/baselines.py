@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from gradlab.surrogate import descend, magic_box
+from gradlab.surrogate import descend, is_transformed, magic_box
 
 __all__ = ["Baseline", "Constant", "Learned", "LeaveOneOut", "MovingAverage"]
 
@@ -67,8 +67,9 @@ class MovingAverage(Baseline):
     r"""The exponential moving average of past costs, over all problems.
 
     After each call in training mode :math:`m \leftarrow \beta m + (1-\beta)\bar f`; the baseline is
-    :math:`m / (1-\beta^t)`, zero before the first call. It is frozen in eval mode. Under DDP each rank keeps
-    its own average of its own costs: every rank stays unbiased.
+    :math:`m / (1-\beta^t)`, zero before the first call. It is frozen in eval mode. Every rank of a DDP model
+    stays unbiased; with DDP's default ``broadcast_buffers=True`` all use the average of rank 0, with False each keeps
+    its own.
 
     Args:
         decay: :math:`\beta` in [0, 1).
@@ -88,6 +89,11 @@ class MovingAverage(Baseline):
     def forward(self, cost: Tensor, context: Tensor | None = None) -> Tensor:
         b = self.average / self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny)
         b = b.to(cost).expand_as(cost).clone()
+        if self.training and is_transformed(cost):
+            raise RuntimeError(
+                "MovingAverage: found training mode inside torch.func, expected eval mode: a transform cannot update a "
+                "buffer. Call estimator.eval() first."
+            )
         if self.training:
             self.average.lerp_(cost.mean().to(self.average), 1 - self.decay)
             self.weight.lerp_(torch.ones_like(self.weight), 1 - self.decay)

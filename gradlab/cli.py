@@ -31,6 +31,9 @@ ESTIMATORS: dict[str, Callable[[int], Estimator]] = {
 }
 
 
+LIMIT = 2**12  # evaluations of f for one gradient
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     args = _parser().parse_args(argv)
@@ -51,6 +54,9 @@ def run(problem: Problem, names: Sequence[str] | None, samples: int, replicates:
     """Compare the named estimators, by default all that can serve the problem."""
     torch.manual_seed(seed)
     chosen = {name: ESTIMATORS[name](samples) for name in names or ESTIMATORS}
+    served = [e for e in chosen.values() if e.supports(problem.q())]
+    if any(e.evaluations(problem.q()) > LIMIT for e in served if names):
+        raise ValueError(f"{problem.name}: found over {LIMIT} evaluations of f for one gradient; sample instead.")
     if not names:
         chosen = {name: e for name, e in chosen.items() if serves(e, problem)}
     return compare(chosen, problem.make_q, problem.f, problem.params, problem.exact()[0], replicates)
@@ -62,7 +68,7 @@ def serves(estimator: Estimator, problem: Problem) -> bool:
     if not estimator.supports(q) or (estimator.traits.needs_gradient and not problem.smooth):
         return False
     try:
-        return estimator.evaluations(q) <= 2**12 and estimator(q, problem.f).requires_grad
+        return estimator.evaluations(q) <= LIMIT and estimator(q, problem.f).requires_grad
     except TypeError:  # no transform is known for this q
         return False
 
@@ -96,7 +102,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"which estimators (default: all that can serve the problem), of: {', '.join(ESTIMATORS)}",
     )
-    p.add_argument("--samples", type=_positive, default=1, metavar="S", help="samples per gradient (default 1)")
+    p.add_argument(
+        "--samples",
+        type=_positive,
+        default=1,
+        metavar="S",
+        help="samples per gradient (default 1; leave-one-out: 2)",
+    )
     p.add_argument(
         "--replicates", type=_positive, default=10_000, metavar="R", help="gradients measured (default 10000)"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import html
 import math
 import time
@@ -19,6 +20,8 @@ from gradlab.estimator import Cost, Estimator
 from gradlab.exact import Enumerate
 
 __all__ = ["Comparison", "Row", "compare", "replicate"]
+
+WARM_UP = 50  # single gradients before an estimator is measured: enough for a moving average to arrive
 
 
 def replicate(loss: Callable[[Any], Tensor], params: Any, replicates: int, chunk_size: int | None = None) -> Any:
@@ -142,6 +145,9 @@ def compare(
 ) -> Comparison:
     """Measure estimators side by side on one problem.
 
+    Each estimator is copied, and warmed up by a few single gradients so that a moving average has arrived. A learned
+    baseline is measured as it is: train it first.
+
     Args:
         estimators: name to estimator.
         make_q: ``params -> q``, for parameters with any leading dims.
@@ -165,7 +171,7 @@ def compare(
     if replicates < 2:
         raise ValueError(f"compare: found replicates={replicates}, expected at least 2 to measure a variance.")
     exact = exact_gradient(make_q, f, params) if exact is None else exact
-    target = None if exact is None else _flatten(exact, 0)
+    target = None if exact is None else _flatten(_like(exact, params), 0)
     rows = [
         _measure(name, e, make_q, f, params, target, replicates, chunk_size, context) for name, e in estimators.items()
     ]
@@ -195,11 +201,15 @@ def _measure(
         copies = len(pytree.tree_leaves(p)[0])
         return estimator(make_q(p), f, None if context is None else context.expand(copies, *context.shape))
 
-    replicate(loss, params, 1)  # warm up
+    estimator = copy.deepcopy(estimator)  # its moving averages move; the caller's stay
+    for _ in range(WARM_UP):
+        replicate(loss, params, 1)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     start = time.perf_counter()
     grads = _flatten(replicate(loss, params, replicates, chunk_size), 1)
-    if grads.is_cuda:
-        torch.cuda.synchronize(grads.device)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     microseconds = 1e6 * (time.perf_counter() - start) / replicates
     mean, variance = grads.mean(0), grads.var(0)
     error = (variance / replicates).sqrt()
@@ -208,7 +218,7 @@ def _measure(
         gap = (mean - exact.to(mean)).abs()
         rounding = 1e3 * torch.finfo(gap.dtype).eps * (1 + mean.abs())
         bias = gap.norm().item()
-        z = torch.where(gap > rounding, gap / error, 0.0).max().item()
+        z = torch.where(gap <= rounding, 0.0, gap / error).max().item()  # NaN stays NaN
     total = variance.sum().item()
     return Row(
         name=name,
@@ -221,6 +231,13 @@ def _measure(
         microseconds=microseconds,
         cost=total * microseconds,
     )
+
+
+def _like(exact: Any, params: Any) -> Any:
+    """Return the exact gradient in the order and the shapes of ``params``."""
+    if isinstance(params, Mapping):
+        return {k: torch.as_tensor(exact[k]).expand(p.shape) for k, p in params.items()}
+    return pytree.tree_map(lambda p, e: torch.as_tensor(e).expand(p.shape), params, exact)
 
 
 _HEADER = ["estimator", "bias", "+-", "max|z|", "variance", "f evals", "us/gradient", "variance x us"]

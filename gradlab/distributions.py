@@ -32,13 +32,36 @@ def is_discrete(q: Distribution) -> bool:
     return bool(q.support.is_discrete)
 
 
-def has_moving_support(q: Distribution) -> bool:
-    """Whether the support of q moves with a parameter that requires a gradient, as U(0, θ)'s does."""
+def ends(q: Distribution) -> tuple[Tensor | None, Tensor | None]:
+    """Return the ends of the support as torch states them, with their graph; None where there is none."""
     constraint = q.support
     while (inner := getattr(constraint, "base_constraint", None)) is not None:
         constraint = inner
     bounds = (getattr(constraint, name, None) for name in ("lower_bound", "upper_bound"))
-    return any(isinstance(b, Tensor) and b.requires_grad for b in bounds)
+    low, high = (None if b is None else torch.as_tensor(b) for b in bounds)
+    return low, high
+
+
+def has_moving_support(q: Distribution) -> bool:
+    """Whether the support of q moves with a parameter that requires a gradient, as U(0, θ)'s does."""
+    q = factor(q)
+    if any(e is not None and e.requires_grad for e in ends(q)):
+        return True
+    if not isinstance(q, td.TransformedDistribution) or type(q).support is not td.TransformedDistribution.support:
+        return False
+    return has_moving_support(q.base_dist) or _moves_an_end(q)
+
+
+def _moves_an_end(q: td.TransformedDistribution) -> bool:
+    """Whether an affine transform moves a finite end: by its location, or by its scale unless the end is 0."""
+    found = [e for e in ends(q.base_dist) if e is not None and bool(e.isfinite().any())]
+    for transform in q.transforms:
+        if isinstance(transform, td.AffineTransform):
+            loc, scale = (isinstance(p, Tensor) and p.requires_grad for p in (transform.loc, transform.scale))
+            if any(loc or (scale and bool((e != 0).any())) for e in found):
+                return True
+        found = [transform(e) for e in found]
+    return False
 
 
 def has_log_prob(q: Distribution) -> bool:
@@ -48,6 +71,8 @@ def has_log_prob(q: Distribution) -> bool:
 
 def has_mean(q: Distribution) -> bool:
     """Whether torch's ``q.mean`` is the mean of the samples (von Mises has a circular one, Cauchy none)."""
+    if isinstance(factor(q), td.MixtureSameFamily) and not has_mean(factor(q).component_distribution):
+        return False
     if isinstance(base(q), td.Categorical | td.Cauchy | td.VonMises):
         return False
     try:
@@ -58,7 +83,10 @@ def has_mean(q: Distribution) -> bool:
 
 def has_finite_support(q: Distribution) -> bool:
     """Whether all values of q can be listed."""
-    return bool(getattr(factor(q), "has_enumerate_support", False))
+    p = factor(q)
+    if isinstance(p, td.Binomial) and bool((p.total_count != p.total_count.flatten()[0]).any()):
+        return False  # torch lists the values of equal counts only
+    return bool(getattr(p, "has_enumerate_support", False))
 
 
 def number_of_factors(q: Distribution) -> int:
@@ -99,8 +127,10 @@ def support(q: Distribution) -> Tensor:
 
 def has_icdf(q: Distribution) -> bool:
     """Whether every coordinate of q has an inverse cdf of its own."""
-    univariate = getattr(q.support, "event_dim", 0) == len(q.event_shape) and not base(q).event_shape
-    return univariate and type(base(q)).icdf is not Distribution.icdf
+    p = factor(q)
+    if p.event_shape or (isinstance(p, td.TransformedDistribution) and p.base_dist.event_shape):
+        return False
+    return type(base(p)).icdf is not Distribution.icdf
 
 
 def quantile(q: Distribution, u: Tensor) -> Tensor:
@@ -119,9 +149,18 @@ def scores(q: Distribution, z: Tensor) -> Tensor:
         expanded = q.expand(batch)  # each sample gets a view of the parameters, hence a gradient of its own
         views = list({id(p): p for p in tensors(expanded) if p.requires_grad}.values())
         if not views:
+            _check_hidden_parameters(q, z)
             return z.new_zeros(*batch, 0)
         grads = torch.autograd.grad(expanded.log_prob(z).sum(), views, materialize_grads=True)
     return torch.cat([g.reshape(*batch, -1) for g in grads], dim=-1)
+
+
+def _check_hidden_parameters(q: Distribution, z: Tensor) -> None:
+    if q.log_prob(z).requires_grad:
+        raise ValueError(
+            f"scores: found no parameter that {type(q).__name__} holds itself, expected at least one: those of its "
+            "transforms cannot be told apart sample by sample. Give a number as coefficient."
+        )
 
 
 def factor(q: Distribution) -> Distribution:
@@ -138,6 +177,12 @@ def tensors(q: Distribution) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, Distribution):
             yield from tensors(value)
+
+
+def standard_exponential(size: torch.Size, like: Tensor) -> Tensor:
+    """Return Exponential(1) samples that are never 0 (a uniform can be), so that their logarithm is finite."""
+    u = torch.rand(size, dtype=like.dtype, device=like.device)
+    return (-torch.log1p(-u)).clamp_min(torch.finfo(like.dtype).tiny)
 
 
 class Logistic(Distribution):
@@ -181,8 +226,8 @@ class Logistic(Distribution):
 
     def rsample(self, sample_shape=torch.Size()):
         size = self._extended_shape(sample_shape)
-        e1, e2 = -torch.log1p(-torch.rand((2, *size), dtype=self.loc.dtype, device=self.loc.device))
-        return self.loc + self.scale * (e1 / e2).log()
+        e1, e2 = standard_exponential(torch.Size((2, *size)), self.loc)
+        return self.loc + self.scale * (e1.log() - e2.log())
 
     def entropy(self):
         return self.scale.log() + 2
@@ -245,7 +290,11 @@ class TruncatedNormal(Distribution):
         return (value - self.loc) / self.scale
 
     def _bounds(self):
-        return self._standard(self.low), self._standard(self.high)
+        return self._standard_bound(self.low), self._standard_bound(self.high)
+
+    def _standard_bound(self, t):
+        """An infinite bound has no graph, since its derivative would be 0 x inf."""
+        return torch.where(t.isinf(), t, self._standard(torch.where(t.isinf(), 0.0, t)))
 
     def log_prob(self, value):
         if self._validate_args:

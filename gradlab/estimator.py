@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from gradlab.distributions import tensors
 from gradlab.surrogate import is_transformed
 
 __all__ = ["Cost", "Estimator", "Sampler", "Traits"]
@@ -70,9 +71,9 @@ class Estimator(nn.Module, ABC):
 
     def __init__(self, num_samples: int = 1) -> None:
         super().__init__()
-        if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        if isinstance(num_samples, bool) or not hasattr(num_samples, "__index__") or num_samples < 1:
             raise ValueError(f"{type(self).__name__}: found num_samples={num_samples!r}, expected a positive int.")
-        self.num_samples = num_samples
+        self.num_samples = int(num_samples)
 
     @classmethod
     @abstractmethod
@@ -105,6 +106,7 @@ class Estimator(nn.Module, ABC):
         """
         check_distribution(self, q)
         loss = self.estimate(q, checked(f, q), self.draw(q), context)
+        check_result(self, loss, q)
         check_gradient(self, loss, q)
         return loss
 
@@ -141,6 +143,15 @@ def check_distribution(estimator: Estimator, q: Distribution) -> None:
         )
 
 
+def check_result(estimator: Estimator, loss: Tensor, q: Distribution) -> None:
+    """Raise when something that the user gave has broadcast."""
+    if loss.shape != q.batch_shape:
+        raise ValueError(
+            f"{type(estimator).__name__}: found a result of shape {tuple(loss.shape)}, expected the batch shape "
+            f"{tuple(q.batch_shape)} of q. Look for a control variate, a mean or a baseline that keeps the event dims."
+        )
+
+
 def check_gradient(estimator: Estimator, loss: Tensor, q: Distribution) -> None:
     """Raise a ValueError when a gradient is wanted and the loss carries none."""
     if not torch.is_grad_enabled() or loss.requires_grad or is_transformed(loss):
@@ -164,6 +175,7 @@ def checked(f: Cost, q: Distribution) -> Cost:
     def cost(z: Tensor) -> Tensor:
         value = f(z)
         check_shape(value, z, q)
+        value = value if value.is_floating_point() else value.to(next(tensors(q)).dtype)  # a count is a cost too
         if q._validate_args and not is_transformed(value) and not torch.compiler.is_compiling():
             check_finite(value)
         return value
@@ -183,7 +195,7 @@ def check_shape(value: Tensor, z: Tensor, q: Distribution) -> None:
         f"f maps [*L, *B, *E] to [*L, *B] for any leading dims *L, and q is {describe(q)}. "
     )
     missing = len(expected) - value.ndim
-    if missing > 0 and value.shape == expected[: value.ndim]:
+    if 0 < missing <= len(q.batch_shape) and value.shape == expected[: value.ndim]:
         message += (
             f"If the last {missing} dim(s) of z belong to one problem, tell q so: "
             f"torch.distributions.Independent(q, {missing})."
@@ -196,10 +208,10 @@ def check_shape(value: Tensor, z: Tensor, q: Distribution) -> None:
 
 
 def check_finite(value: Tensor) -> None:
-    """Raise when a cost is NaN."""
-    bad = int(torch.isnan(value).sum())
+    """Raise when a cost is NaN or infinite: a baseline would turn the second into the first."""
+    bad = int((~torch.isfinite(value)).sum())
     if bad:
         raise ValueError(
-            f"f(z): found NaN in {bad} of {value.numel()} costs, expected numbers. Look for log(0), 0/0 or an "
-            "overflow in f; a distribution built with validate_args=False skips this check."
+            f"f(z): found NaN or infinity in {bad} of {value.numel()} costs, expected finite numbers. Look for log(0), "
+            "0/0 or an overflow in f; a distribution built with validate_args=False skips this check."
         )

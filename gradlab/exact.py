@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution, VonMises
 
 from gradlab.distributions import (
+    ends,
     has_finite_support,
     has_icdf,
     has_log_prob,
@@ -21,7 +22,8 @@ from gradlab.distributions import (
     support_size,
     tensors,
 )
-from gradlab.estimator import Cost, Estimator, Traits
+from gradlab.estimator import Cost, Estimator, Traits, describe
+from gradlab.surrogate import is_transformed
 
 __all__ = ["Enumerate", "Quadrature"]
 
@@ -86,6 +88,9 @@ class Quadrature(Estimator):
     is that of the density, so f need not be differentiable; where the support itself moves with :math:`\theta`, so
     do the nodes, and then f must be.
 
+    Raises:
+        ValueError: the nodes do not find all of q's mass.
+
     Args:
         breakpoints: points where f is not smooth (kinks, steps); the panels are cut there.
         panels: number of Gauss-Legendre panels.
@@ -138,11 +143,21 @@ class Quadrature(Estimator):
             density = q.log_prob(noise.z).exp()
             keep = torch.isfinite(density) & (density > 0)  # the far tails under- or overflow: they weigh nothing
             middle = noise.z.gather(0, density.nan_to_num(0.0, 0.0, 0.0).argmax(0, keepdim=True))
+            check_mass(torch.where(keep, noise.weight * density, 0.0).sum(0), q)
         z = torch.where(keep, noise.z, middle)
         return torch.where(keep, noise.weight * q.log_prob(z).exp() * f(z), 0.0).sum(0)
 
     def extra_repr(self) -> str:
         return f"breakpoints={self.breakpoints}, panels={self.panels}"
+
+
+def check_mass(mass: Tensor, q: Distribution) -> None:
+    """Raise unless the nodes see the whole of q."""
+    if not is_transformed(mass) and bool(((mass - 1).abs() > 1e-3).any()):
+        raise ValueError(
+            f"Quadrature: found a total mass between {mass.min().item():.4g} and {mass.max().item():.4g} for "
+            f"{describe(q)}, expected 1. Its support or its scale is not what torch says, or it needs more panels."
+        )
 
 
 class Nodes(NamedTuple):
@@ -164,7 +179,9 @@ def double_exponential(q: Distribution) -> Line:
     if low is not None and high is not None:
         return _interval(low, high)
     middle, spread = location_scale(q)
-    return _line(middle, spread) if low is None else _half_line(low, (middle - low.detach()).clamp_min(1e-300))
+    if low is not None:
+        return _half_line(low, middle, 1)
+    return _line(middle, spread) if high is None else _half_line(high, middle, -1)
 
 
 def _interval(low: Tensor, high: Tensor) -> Line:
@@ -175,12 +192,14 @@ def _interval(low: Tensor, high: Tensor) -> Line:
     return Line(forward, lambda z: (torch.logit((z - low) / (high - low)) / math.pi).asinh(), 5.0)
 
 
-def _half_line(low: Tensor, scale: Tensor) -> Line:
+def _half_line(end: Tensor, middle: Tensor, sign: int) -> Line:
+    scale = (middle - end.detach()).abs().clamp_min(torch.finfo(end.dtype).tiny)
+
     def forward(t: Tensor) -> tuple[Tensor, Tensor]:
         z = scale * (math.pi / 2 * t.sinh()).exp()
-        return low + z, z * math.pi / 2 * t.cosh()
+        return end + sign * z, z * math.pi / 2 * t.cosh()
 
-    return Line(forward, lambda z: (((z - low) / scale).log() * 2 / math.pi).asinh(), 6.0)
+    return Line(forward, lambda z: ((sign * (z - end) / scale).log() * 2 / math.pi).asinh(), 6.0)
 
 
 def _line(middle: Tensor, spread: Tensor) -> Line:
@@ -192,15 +211,11 @@ def _line(middle: Tensor, spread: Tensor) -> Line:
 
 
 def bounds(q: Distribution) -> tuple[Tensor | None, Tensor | None]:
-    """Return the ends of the support, with their graph; None where it has none."""
-    like = next(tensors(q))
+    """Return the finite ends of the support, with their graph; None where it has none."""
     if isinstance(q, VonMises):  # torch calls its support the whole line; one turn is enough
         return q.loc.detach() - math.pi, q.loc.detach() + math.pi
-    constraint = q.support
-    while (inner := getattr(constraint, "base_constraint", None)) is not None:
-        constraint = inner
-    ends = (getattr(constraint, name, None) for name in ("lower_bound", "upper_bound"))
-    low, high = (None if e is None else torch.as_tensor(e, dtype=like.dtype, device=like.device) for e in ends)
+    like = next(tensors(q))
+    low, high = (None if e is None or bool(e.isinf().all()) else e.to(like) for e in ends(q))
     return low, high
 
 
@@ -213,7 +228,8 @@ def location_scale(q: Distribution) -> tuple[Tensor, Tensor]:
             return half, rest - quarter
         if hasattr(q, "loc"):
             return q.loc, q.scale
-        return q.mean, q.stddev
+        middle, spread = q.mean, q.stddev
+        return torch.where(middle.isfinite(), middle, 1.0), torch.where(spread.isfinite(), spread, 1.0)
 
 
 def gauss_legendre(reach: float, panels: int, cuts: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

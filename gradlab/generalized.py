@@ -24,6 +24,7 @@ from torch.distributions import (
 from gradlab.baselines import Baseline, as_baseline, weighted
 from gradlab.distributions import factor, has_log_prob, has_mean, has_moving_support, is_discrete
 from gradlab.estimator import Cost, Estimator, Traits
+from gradlab.paths import exp_inside
 from gradlab.samplers import sample
 
 __all__ = ["GeneralizedReparameterization", "RejectionReparameterization", "standardize"]
@@ -80,6 +81,11 @@ class GeneralizedReparameterization(Estimator):
         baseline: Baseline | float | None = None,
     ) -> None:
         super().__init__(num_samples)
+        if transform is not None and not callable(transform):
+            raise TypeError(
+                f"GeneralizedReparameterization: found transform={transform!r}, expected a function of q. The "
+                "number of samples is the keyword num_samples."
+            )
         self.transform = standardize if transform is None else transform
         self.baseline = as_baseline(baseline, num_samples)
 
@@ -245,9 +251,9 @@ def from_gammas(q: Distribution, log_x: Tensor) -> Tensor:
     """Return z from the logs of standard gammas."""
     p = factor(q)
     if isinstance(p, Gamma):
-        return (log_x - p.rate.log()).exp()
-    z = log_x.softmax(-1)
-    return z[..., 0] if isinstance(p, Beta) else z
+        return exp_inside(log_x - p.rate.log(), p.rate.dtype)
+    z = exp_inside(log_x.log_softmax(-1), log_x.dtype)
+    return z[..., 0].clamp_max(1 - torch.finfo(z.dtype).eps / 2) if isinstance(p, Beta) else z
 
 
 def _sum_to(x: Tensor, ndim: int) -> Tensor:

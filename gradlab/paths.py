@@ -23,7 +23,7 @@ from torch import Tensor
 from torch import distributions as D
 
 from gradlab import special
-from gradlab.distributions import Logistic, TruncatedNormal
+from gradlab.distributions import Logistic, TruncatedNormal, standard_exponential, tensors
 from gradlab.surrogate import attach
 
 __all__ = ["Path", "at", "draw", "has_path", "implicit", "log_gamma", "path", "register_path"]
@@ -75,7 +75,9 @@ def draw(q: D.Distribution, sample_shape: torch.Size = torch.Size()) -> Noise:
 
 def path(q: D.Distribution, noise: Noise) -> Tensor:
     """Return ``z`` ``[*S, *B, *E]``, a pure function of ``q`` and ``noise`` that carries ``q``'s graph."""
-    return _rule(q).path(q, noise)
+    held = next(tensors(q), None)
+    with torch.autocast("cpu" if held is None else held.device.type, enabled=False):
+        return _rule(q).path(q, noise)
 
 
 def at(q: D.Distribution, z: Tensor) -> Tensor:
@@ -116,7 +118,22 @@ def log_gamma(concentration: Tensor, noise: Tensor) -> Tensor:
     It never underflows: at :math:`\alpha=10^{-3}` a typical sample is :math:`e^{-1000}`.
     """
     alpha = concentration.double()
-    return attach(noise, alpha, special.log_gamma_grad(alpha, noise))
+    return attach(noise, alpha, special.log_gamma_grad(alpha, noise)) if _wanted(alpha) else noise
+
+
+def exp_inside(log_z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return exp, kept inside the open (0, inf) of dtype, where every density is finite.
+
+    A gamma of shape 0.01 is below the smallest float32 in two draws of five: there the cost is taken at that smallest
+    number, and the result is biased. Work in float64, or with :func:`log_gamma`, if that matters.
+    """
+    info = torch.finfo(dtype)
+    return log_z.clamp(math.log(info.tiny), math.log(info.max) * (1 - 1e-15)).exp().to(dtype)
+
+
+def _wanted(parameter: Tensor) -> bool:
+    """Whether anybody will ask for the derivative for this parameter."""
+    return torch.is_grad_enabled() and parameter.requires_grad
 
 
 # ------------------------------------------------------------------------------------------ look-up
@@ -169,7 +186,7 @@ def _location_scale(cls: type, standard: Callable[[dict], Tensor], cdf: Callable
 
 
 def _exponential(kwargs: dict) -> Tensor:
-    return -torch.log1p(-torch.rand(**kwargs))
+    return standard_exponential(kwargs["size"], torch.empty((), dtype=kwargs["dtype"], device=kwargs["device"]))
 
 
 _location_scale(D.Normal, lambda kwargs: torch.randn(**kwargs), special.ndtr)
@@ -218,23 +235,17 @@ def _draw_log_gamma(alpha: Tensor, size: torch.Size) -> Tensor:
     return torch._standard_gamma(alpha + 1).log() - exponential / alpha
 
 
-def _exp(log_z: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp, kept inside the open (0, inf) of dtype, where every density is finite."""
-    info = torch.finfo(dtype)
-    return log_z.clamp(math.log(info.tiny), math.log(info.max) * (1 - 1e-15)).exp().to(dtype)
-
-
 register_path(
     D.Gamma,
     draw=lambda q, shape: _draw_log_gamma(q.concentration, q._extended_shape(shape)),
-    path=lambda q, noise: _exp(log_gamma(q.concentration, noise) - q.rate.double().log(), q.rate.dtype),
+    path=lambda q, noise: exp_inside(log_gamma(q.concentration, noise) - q.rate.double().log(), q.rate.dtype),
     invert=lambda q, z: (z.double() * q.rate.detach()).log(),
     cdf=lambda q, noise: torch.special.gammainc(q.concentration.detach().double().expand(noise.shape), noise.exp()),
 )
 register_path(
     D.InverseGamma,
     draw=lambda q, shape: _draw_log_gamma(q.concentration, q._extended_shape(shape)),
-    path=lambda q, noise: _exp(q.rate.double().log() - log_gamma(q.concentration, noise), q.rate.dtype),
+    path=lambda q, noise: exp_inside(q.rate.double().log() - log_gamma(q.concentration, noise), q.rate.dtype),
     invert=lambda q, z: (q.rate.detach() / z.double()).log(),
     cdf=lambda q, noise: torch.special.gammaincc(q.concentration.detach().double().expand(noise.shape), noise.exp()),
 )
@@ -253,7 +264,7 @@ def _beta_path(q: D.Beta, noise: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _dirichlet_path(q: D.Dirichlet, noise: Tensor) -> Tensor:
-    return _exp(torch.log_softmax(log_gamma(q.concentration, noise), -1), q.concentration.dtype)
+    return exp_inside(torch.log_softmax(log_gamma(q.concentration, noise), -1), q.concentration.dtype)
 
 
 register_path(D.Beta, _draw_beta, _beta_path)
@@ -272,7 +283,8 @@ def _draw_student(q: D.StudentT, shape: torch.Size) -> Tensor:
 
 def _student_path(q: D.StudentT, x: Tensor) -> Tensor:
     df = q.df.double()
-    return (q.loc + q.scale * attach(x, df, special.student_t_grad(df, x))).to(q.loc.dtype)
+    t = attach(x, df, special.student_t_grad(df, x)) if _wanted(df) else x
+    return (q.loc + q.scale * t).to(q.loc.dtype)
 
 
 def _student_cdf(q: D.StudentT, x: Tensor) -> Tensor:
@@ -344,7 +356,8 @@ def _best_fisher(kappa: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 def _von_mises_path(q: D.VonMises, x: Tensor) -> Tensor:
     kappa = q.concentration.double()
-    return _wrap(q.loc + attach(x, kappa, special.von_mises_grad(kappa, x))).to(q.loc.dtype)
+    angle = attach(x, kappa, special.von_mises_grad(kappa, x)) if _wanted(kappa) else x
+    return _wrap(q.loc + angle).to(q.loc.dtype)
 
 
 def _von_mises_cdf(q: D.VonMises, x: Tensor) -> Tensor:
@@ -426,8 +439,16 @@ def _coordinates(q: D.MixtureSameFamily) -> D.Distribution:
 
 
 def _mixable(q: D.MixtureSameFamily) -> bool:
-    base, rule = _coordinates(q), _find(_coordinates(q))
-    return len(q.event_shape) <= 1 and not base.event_shape and has_path(base) and None not in (rule.invert, rule.cdf)
+    base = _coordinates(q)
+    return len(q.event_shape) <= 1 and not base.event_shape and has_path(base) and _invertible(base)
+
+
+def _invertible(q: D.Distribution) -> bool:
+    """Whether the path through a given point and the cdf are known, here and below every transform."""
+    if isinstance(q, D.TransformedDistribution):
+        return all(t.bijective for t in q.transforms) and _invertible(q.base_dist)
+    rule = _find(q)
+    return rule is not None and rule.invert is not None and rule.cdf is not None
 
 
 def _draw_mixture(q: D.MixtureSameFamily, shape: torch.Size) -> Tensor:
@@ -436,7 +457,8 @@ def _draw_mixture(q: D.MixtureSameFamily, shape: torch.Size) -> Tensor:
     below = weights.cumsum(-1)
     u = torch.rand(size, dtype=weights.dtype, device=weights.device)
     index = (u[..., None] * below[..., -1:] >= below[..., :-1]).sum(-1, keepdim=True)  # [*S, *B, 1]
-    z = implicit(q.component_distribution, shape).detach()  # [*S, *B, K, *E]
+    with torch.no_grad():
+        z = implicit(q.component_distribution, shape)  # [*S, *B, K, *E]
     index = index[(...,) + (None,) * len(q.event_shape)].expand(*size, 1, *q.event_shape)
     return z.gather(len(size), index).squeeze(len(size))
 

@@ -39,7 +39,7 @@ class Reparameterization(Estimator):
     """
 
     traits = Traits(
-        serves="continuous distributions with an rsample, or an icdf with sampler=inverse_cdf",
+        serves="continuous distributions with an rsample, or any path with another sampler (inverse_cdf, implicit)",
         unbiased=True,
         needs_gradient=True,
         relaxes=False,
@@ -55,7 +55,7 @@ class Reparameterization(Estimator):
 
     @classmethod
     def supports(cls, q: Distribution) -> bool:
-        return not is_discrete(q) and (q.has_rsample or has_icdf(q))
+        return not is_discrete(q) and (q.has_rsample or has_icdf(q) or has_path(q))
 
     def draw(self, q: Distribution) -> Tensor:
         return self.sampler(q, torch.Size([self.num_samples]))

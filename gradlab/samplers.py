@@ -21,7 +21,8 @@ def sample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
     """
     p = factor(q)
     if isinstance(p, Beta | Dirichlet) or (any(map(is_batched, tensors(p))) and has_path(p)):
-        return implicit(p, sample_shape).detach()
+        with torch.no_grad():
+            return implicit(p, sample_shape)
     if isinstance(p, OneHotCategorical):
         index = Categorical(logits=p.logits).sample(sample_shape)[..., None]
         return (index == torch.arange(p.logits.shape[-1], device=index.device)).to(p.logits.dtype)

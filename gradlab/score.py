@@ -10,9 +10,9 @@ from torch.distributions import Distribution
 
 from gradlab.baselines import Baseline, as_baseline, weighted
 from gradlab.distributions import has_log_prob, has_mean, has_moving_support, scores
-from gradlab.estimator import Cost, Estimator, Traits
+from gradlab.estimator import Cost, Estimator, Traits, checked
 from gradlab.samplers import sample
-from gradlab.surrogate import magic_box, zero
+from gradlab.surrogate import is_transformed, magic_box, zero
 
 __all__ = ["ControlVariate", "MuProp", "ScoreFunction"]
 
@@ -123,13 +123,29 @@ class ControlVariate(_Score):
                 f"ControlVariate: found num_samples={num_samples} with coefficient='optimal', expected at least 3: "
                 "each sample's coefficient is estimated from the others."
             )
-        self.zeta, self.mean, self.coefficient = zeta, mean, coefficient
+        self.zeta, self.mean = zeta, mean
+        if isinstance(coefficient, Tensor):
+            self.register_buffer("coefficient", coefficient)
+        else:
+            self.coefficient = coefficient
 
     def estimate(self, q: Distribution, f: Cost, noise: Tensor, context: Tensor | None = None) -> Tensor:
-        cost, zeta = f(noise), self.zeta(noise)  # [S, *B]
+        cost, zeta = f(noise), checked(self.zeta, q)(noise)  # [S, *B]
         fixed = self.coefficient
         a = optimal_coefficient(scores(q, noise), cost, zeta) if isinstance(fixed, str) else fixed
-        return (magic_box(q.log_prob(noise)) * (cost - a * zeta) + a * self.mean(q)).mean(0)
+        return (magic_box(q.log_prob(noise)) * (cost - a * zeta) + a * self._mean(q)).mean(0)
+
+    def _mean(self, q: Distribution) -> Tensor:
+        mean = self.mean(q)
+        if mean.shape != q.batch_shape:
+            raise ValueError(
+                f"ControlVariate: found a mean of zeta of shape {tuple(mean.shape)}, expected {tuple(q.batch_shape)}, "
+                "one number a problem. Sum it over the event dims, as zeta is."
+            )
+        return mean
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, coefficient={self.coefficient}"
 
 
 class MuProp(_Score):
@@ -182,15 +198,25 @@ class MuProp(_Score):
 
     def estimate(self, q: Distribution, f: Cost, noise: Tensor, context: Tensor | None = None) -> Tensor:
         center = q.mean.detach()
-        with torch.enable_grad():
-            cost, pullback, *_ = torch.func.vjp(f, torch.cat([noise, center[None]]))  # [S + 1, *B]
-            at_center = torch.zeros_like(cost).index_fill(0, cost.new_tensor(len(noise), dtype=torch.long), 1)
-            slope = pullback(at_center)[0][-1].detach()  # f'(mean), [*B, *E]
+        cost, slope = value_and_slope(f, torch.cat([noise, center[None]]))  # [S + 1, *B], f'(mean) [*B, *E]
         dims = tuple(range(-len(q.event_shape), 0))
         taylor = cost[-1].detach() + _dot(slope, noise - center, dims)
         residual = cost[:-1] - taylor
         loss = weighted(q.log_prob(noise), residual, self.baseline, context)
         return loss + taylor.mean(0) + _dot(slope, zero(q.mean), dims)
+
+
+def value_and_slope(f: Cost, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return f at all points, with its graph, and its derivative at the last one, without."""
+    with torch.enable_grad():
+        if is_transformed(z):  # autograd cannot look inside torch.func, whose vjp cannot serve a BatchNorm in f
+            cost, pullback, *_ = torch.func.vjp(f, z)
+            last = torch.cat([torch.zeros_like(cost[:-1]), torch.ones_like(cost[-1:])])
+            return cost, pullback(last)[0][-1].detach()
+        z = z.detach().requires_grad_()
+        cost = f(z)
+        (grad,) = torch.autograd.grad(cost[-1].sum(), z, retain_graph=True, materialize_grads=True)
+    return cost, grad[-1]
 
 
 def optimal_coefficient(score: Tensor, cost: Tensor, zeta: Tensor) -> Tensor:

@@ -252,8 +252,94 @@ def test_cost_that_is_no_tensor() -> None:
 
 
 def test_cost_with_nan() -> None:
-    with pytest.raises(ValueError, match=r"found NaN in 2 of 4 costs"):
+    with pytest.raises(ValueError, match=r"found NaN or infinity in 2 of 4 costs"):
         gl.ScoreFunction(4)(bernoulli(), lambda z: torch.tensor([1.0, float("nan"), 2.0, float("nan")]))
+
+
+def test_support_that_moves_below_a_transform() -> None:
+    """The score function would be silently biased: the package must see the edge behind the transform."""
+    theta = torch.tensor(1.2, requires_grad=True)
+    shifted = td.TransformedDistribution(td.Exponential(1.0), [td.AffineTransform(theta, 1.0)])
+    stretched = td.TransformedDistribution(td.Uniform(0.0, theta), [td.ExpTransform()])
+    for q in (shifted, stretched, td.Pareto(theta, 2.0), td.Independent(td.Uniform(torch.zeros(2), theta), 1)):
+        assert not gl.ScoreFunction.supports(q)
+    scaled = td.TransformedDistribution(td.Exponential(1.0), [td.AffineTransform(0.0, theta)])
+    for q in (scaled, td.LogNormal(theta, 1.0), td.Gumbel(theta, 1.0), td.Weibull(theta, 2.0), td.HalfNormal(theta)):
+        assert gl.ScoreFunction.supports(q)
+
+
+def test_a_circular_mean_is_no_mean() -> None:
+    circle = td.MixtureSameFamily(td.Categorical(torch.ones(2)), td.VonMises(torch.zeros(2), 2.0))
+    assert not gl.MuProp.supports(circle)
+    with pytest.raises(TypeError, match="standardize: found MixtureSameFamily"):
+        gl.standardize(circle)
+
+
+def test_control_variate_that_keeps_the_event_dims() -> None:
+    q = td.Independent(td.Normal(torch.zeros(3, requires_grad=True), 1.0), 1)
+    with pytest.raises(ValueError, match=r"f\(z\): found shape \(3, 3\)"):
+        gl.ControlVariate(lambda z: z, lambda q: q.mean, num_samples=3)(q, lambda z: z.sum(-1))
+    with pytest.raises(ValueError, match=r"found a mean of zeta of shape \(3,\), expected \(\)"):
+        gl.ControlVariate(lambda z: z.sum(-1), lambda q: q.mean)(q, lambda z: z.sum(-1))
+
+
+def test_integer_costs_and_infinite_costs() -> None:
+    logits = torch.zeros(3, requires_grad=True)
+    for baseline in (0.5, gl.LeaveOneOut(), gl.MovingAverage()):
+        gl.ScoreFunction(3, baseline)(td.Categorical(logits=logits), lambda z: z).backward()
+    with pytest.raises(ValueError, match="found NaN or infinity"):
+        gl.ScoreFunction(9, gl.LeaveOneOut())(bernoulli(), lambda z: 1 / z.sum(-1).mul(0))
+
+
+def test_muprop_serves_a_batch_norm_in_f() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+    logits = torch.zeros(5, 3, requires_grad=True)
+    q = td.Independent(td.Bernoulli(logits=logits), 1)
+    gl.MuProp(2)(q, lambda z: net(z.reshape(-1, 3)).reshape(z.shape[:-1])).sum().backward()
+    assert net[1].weight.grad.isfinite().all()
+    assert logits.grad.isfinite().all()
+
+
+def test_moving_average_in_training_under_torch_func() -> None:
+    estimator = gl.ScoreFunction(2, gl.MovingAverage())
+    with pytest.raises(RuntimeError, match="expected eval mode"):
+        torch.func.grad(lambda p: estimator(td.Normal(p, 1.0), torch.sin))(torch.tensor(0.3))
+
+
+def test_parameters_of_a_transform_have_no_scores() -> None:
+    q = td.TransformedDistribution(
+        td.Normal(0.0, 1.0), [td.AffineTransform(torch.tensor(0.3, requires_grad=True), 1.0)]
+    )
+    with pytest.raises(ValueError, match="found no parameter that TransformedDistribution holds"):
+        gl.ControlVariate(lambda z: z, lambda q: torch.zeros(()), "optimal", 4)(q, torch.sin)
+
+
+def test_truncated_normal_with_an_infinite_bound() -> None:
+    loc, scale = torch.tensor(0.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    half = gl.TruncatedNormal(loc, scale, 0.0, float("inf"))
+    value = gl.Quadrature()(half, lambda z: z)
+    assert value.item() == pytest.approx((2 / torch.pi) ** 0.5, rel=1e-10)
+    grads = torch.autograd.grad(value, [loc, scale])
+    expected = torch.autograd.grad(half.mean, [loc, scale])
+    torch.testing.assert_close(grads, expected)
+    value = gl.Quadrature()(gl.TruncatedNormal(loc, scale, float("-inf"), 0.5), lambda z: z)
+    torch.testing.assert_close(value, gl.TruncatedNormal(loc, scale, float("-inf"), 0.5).mean)
+
+
+def test_quadrature_that_misses_mass_raises() -> None:
+    q = td.TransformedDistribution(td.Exponential(torch.ones((), requires_grad=True), validate_args=False),
+                                   [td.AffineTransform(0.5, 1.0)], validate_args=False)  # fmt: skip
+    with pytest.raises(ValueError, match="found a total mass"):
+        gl.Quadrature()(q, lambda z: z)
+
+
+def test_unequal_binomials_cannot_be_enumerated() -> None:
+    assert not gl.Enumerate.supports(td.Binomial(torch.tensor([3.0, 5.0]), logits=torch.zeros(2)))
+
+
+def test_transform_in_place_of_a_number() -> None:
+    with pytest.raises(TypeError, match="found transform=4"):
+        gl.GeneralizedReparameterization(4)
 
 
 def test_q_without_gradient() -> None:

@@ -114,3 +114,29 @@ def test_too_few_replicates(replicates: int) -> None:
         table(replicates=replicates)
     with pytest.raises(ValueError, match="expected a positive int"):
         gl.replicate(lambda p: p, torch.ones(1), 0)
+
+
+def test_nan_gradients_are_no_clean_bill_of_health() -> None:
+    result = gl.compare(
+        {"nan": gl.Reparameterization()},
+        lambda p: td.Normal(p, 1.0), lambda z: (z * 0).abs().sqrt() + z, torch.tensor(0.3), exact=1.0, replicates=50,
+    )  # fmt: skip
+    assert not result["nan"].z < 4
+
+
+def test_exact_gradients_are_matched_by_name() -> None:
+    result = gl.compare(
+        {"path": gl.Reparameterization()},
+        lambda p: td.Normal(p["loc"], p["scale"]), torch.square,
+        {"loc": torch.tensor(0.7), "scale": torch.tensor(1.3)}, exact={"scale": 2.6, "loc": 1.4}, replicates=2000,
+    )  # fmt: skip
+    assert result["path"].z < 5
+
+
+def test_compare_leaves_the_estimator_alone_and_warms_up_its_average() -> None:
+    problem = gl.problem("normal_square")
+    estimator = gl.ScoreFunction(1, gl.MovingAverage())
+    result = gl.compare({"average": estimator}, problem.make_q, problem.f, problem.params, replicates=4000)
+    assert estimator.baseline.weight == 0
+    plain = gl.compare({"score": gl.ScoreFunction(1)}, problem.make_q, problem.f, problem.params, replicates=4000)
+    assert result["average"].variance < plain["score"].variance
