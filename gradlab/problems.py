@@ -169,8 +169,8 @@ _LIST = [
         lambda z, t: ((z * _WEIGHTS.to(z)).sum(-1) - t) ** 2,
         _t(0.8),
         lambda p, t: (
-            ((p["logits"].sigmoid() * _WEIGHTS).sum(-1) - t) ** 2
-            + (_WEIGHTS**2 * p["logits"].sigmoid() * (-p["logits"]).sigmoid()).sum(-1)
+            ((p["logits"].sigmoid() * _WEIGHTS.to(t)).sum(-1) - t) ** 2
+            + (_WEIGHTS.to(t) ** 2 * p["logits"].sigmoid() * (-p["logits"]).sigmoid()).sum(-1)
         ),
     ),
     Problem(

@@ -1,4 +1,8 @@
-"""The suite runs in float64 with a fixed seed, on the CPU or, with ``--device cuda``, on a GPU."""
+"""The suite runs in float64 with a fixed seed, on the CPU or, with ``--device cuda``, on a GPU.
+
+The tests that ask for the fixture ``device`` run there: every estimator x every problem, nesting, second derivatives,
+extremes. What is integrated or compared without noise, and what concerns files, needs no GPU.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _reproducible(device: torch.device) -> Iterator[None]:
+def _reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(20261121)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    torch.set_default_device(device)
+    if "device" in request.fixturenames:
+        torch.set_default_device(request.getfixturevalue("device"))
     yield
     torch.set_default_device(None)
     torch.set_default_dtype(before)

@@ -8,6 +8,8 @@ import torch.distributions as td
 
 import gradlab as gl
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.fixture(autouse=True)
 def _single() -> None:

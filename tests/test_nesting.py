@@ -11,6 +11,8 @@ from torch import Tensor
 
 import gradlab as gl
 
+pytestmark = pytest.mark.usefixtures("device")
+
 WEIGHT = torch.tensor([[0.8, -0.4], [0.3, 0.9]])
 
 DISCRETE = {

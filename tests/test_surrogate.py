@@ -7,6 +7,8 @@ import torch
 
 import gradlab as gl
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def test_magic_box_is_one_and_differentiates_to_any_order() -> None:
     x = torch.tensor(0.3, requires_grad=True)
