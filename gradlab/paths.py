@@ -29,6 +29,7 @@ from gradlab.surrogate import attach
 __all__ = ["Path", "at", "draw", "has_path", "implicit", "log_gamma", "path", "register_path"]
 
 Noise = Any
+BLOCK = 2**15  # elements
 F64 = torch.float64
 
 
@@ -476,8 +477,19 @@ def _mix_scalar(base: D.Distribution, logits: Tensor, z: Tensor) -> Tensor:
     """
     x = z[..., None].expand(*z.shape, logits.shape[-1])
     with torch.no_grad():
-        posterior, effect = _mixture_derivatives(logits, base.log_prob(x), _cdf(base, _invert(base, x)))
+        parts = [
+            _mixture_derivatives(logits, base.log_prob(part), _cdf(base, _invert(base, part)))
+            for part in _blocks(x, len(base.batch_shape))
+        ]
+        posterior, effect = (torch.cat(part) for part in zip(*parts, strict=True))
     return attach(attach(z, at(base, x), posterior.to(z.dtype)), logits, effect.to(z.dtype))
+
+
+def _blocks(x: Tensor, batch_dims: int) -> tuple[Tensor, ...]:
+    """Split the samples into blocks whose float64 temporaries stay in the cache."""
+    if x.ndim == batch_dims or torch.compiler.is_compiling():
+        return (x,)
+    return x.split(max(1, BLOCK // max(1, x[:1].numel())))
 
 
 def _mix_vector(base: D.Distribution, logits: Tensor, z: Tensor) -> Tensor:
