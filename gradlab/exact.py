@@ -88,12 +88,12 @@ class Quadrature(Estimator):
     is that of the density, so f need not be differentiable; where the support itself moves with :math:`\theta`, so
     do the nodes, and then f must be.
 
-    Raises:
-        ValueError: the nodes do not find all of q's mass.
-
     Args:
         breakpoints: points where f is not smooth (kinks, steps); the panels are cut there.
         panels: number of Gauss-Legendre panels.
+
+    Raises:
+        ValueError: the nodes do not find all of q's mass.
 
     Reference:
         `Double exponential formulas for numerical integration <https://doi.org/10.2977/prims/1195192451>`_,

@@ -84,6 +84,18 @@ def test_g_rep_and_rsvi_hessians_are_unbiased(name: str, device: torch.device) -
         assert ((samples.mean(0) - exact).abs() < 6 * error).all()
 
 
+@pytest.mark.parametrize("name", ["gamma_square", "gamma_exp"])
+def test_quadrature_has_exact_hessians(name: str) -> None:
+    problem = gl.problem(name)
+    point = torch.stack(list(problem.params.values())).requires_grad_()
+
+    def params() -> dict[str, Tensor]:
+        return {"concentration": point[0], "rate": point[1]}
+
+    exact = hessian(problem.value(params(), problem.t), point)
+    torch.testing.assert_close(hessian(gl.Quadrature()(problem.make_q(params()), problem.f), point), exact)
+
+
 HAND_WRITTEN = {
     "gamma_square", "gamma_exp", "gamma_small", "beta_square", "dirichlet_quadratic", "student_cos", "von_mises_cos",
     "truncated_square", "mixture_cos", "mixture_plane",
