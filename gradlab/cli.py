@@ -30,7 +30,6 @@ ESTIMATORS: dict[str, Callable[[int], Estimator]] = {
     "enumerate": lambda s: Enumerate(),
 }
 
-
 LIMIT = 2**12  # evaluations of f for one gradient
 
 
@@ -54,11 +53,10 @@ def run(problem: Problem, names: Sequence[str] | None, samples: int, replicates:
     """Compare the named estimators, by default all that can serve the problem."""
     torch.manual_seed(seed)
     chosen = {name: ESTIMATORS[name](samples) for name in names or ESTIMATORS}
-    served = [e for e in chosen.values() if e.supports(problem.q())]
-    if any(e.evaluations(problem.q()) > LIMIT for e in served if names):
-        raise ValueError(f"{problem.name}: found over {LIMIT} evaluations of f for one gradient; sample instead.")
     if not names:
         chosen = {name: e for name, e in chosen.items() if serves(e, problem)}
+    elif any(e.supports(problem.q()) and e.evaluations(problem.q()) > LIMIT for e in chosen.values()):
+        raise ValueError(f"{problem.name}: found over {LIMIT} evaluations of f for one gradient; sample instead.")
     return compare(chosen, problem.make_q, problem.f, problem.params, problem.exact()[0], replicates)
 
 

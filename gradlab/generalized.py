@@ -233,9 +233,8 @@ def inverse_marsaglia_tsang(x: Tensor, alpha: Tensor) -> Tensor:
 def log_accepted(epsilon: Tensor, alpha: Tensor) -> Tensor:
     r"""Return :math:`\log\pi_\alpha(\epsilon)`, the log density of the accepted noise."""
     c = (9 * alpha - 3).sqrt()
-    root = 1 + epsilon / c
-    x = (alpha - 1 / 3) * root**3
-    slope = (alpha - 1 / 3) * 3 * root**2 / c
+    x = marsaglia_tsang(epsilon, alpha)
+    slope = (alpha - 1 / 3) * 3 * (1 + epsilon / c) ** 2 / c
     return (alpha - 1) * x.log() - x - torch.lgamma(alpha) + slope.log()
 
 

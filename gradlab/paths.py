@@ -487,7 +487,7 @@ def _mix_scalar(base: D.Distribution, logits: Tensor, z: Tensor) -> Tensor:
 
 def _blocks(x: Tensor, batch_dims: int) -> tuple[Tensor, ...]:
     """Split the samples into blocks whose float64 temporaries stay in the cache."""
-    if x.ndim == batch_dims or torch.compiler.is_compiling():
+    if x.ndim == batch_dims or not special.has_cache(x):
         return (x,)
     return x.split(max(1, BLOCK // max(1, x[:1].numel())))
 

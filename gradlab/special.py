@@ -244,11 +244,16 @@ def ndtri_exp(log_p: Tensor) -> Tensor:
 def _integrate(f: Callable[..., Tensor], num_nodes: int, *tensors: Tensor) -> Tensor:
     """Gauss-Legendre quadrature of ``f(u, *tensors)`` over u in (0, 1), elementwise."""
     tensors = torch.broadcast_tensors(*tensors)
-    if tensors[0].numel() <= _BLOCK or tensors[0].is_cuda or torch.compiler.is_compiling():
+    if tensors[0].numel() <= _BLOCK or not has_cache(tensors[0]):
         terms = (weight * f(node, *tensors) for node, weight in _NODES[num_nodes])
         return sum(terms, torch.zeros_like(tensors[0]))
     blocks = zip(*(t.reshape(-1).split(_BLOCK) for t in tensors), strict=True)  # each fits into the cache
     return torch.cat([_integrate(f, num_nodes, *block) for block in blocks]).view(tensors[0].shape)
+
+
+def has_cache(x: Tensor) -> bool:
+    """Whether blocks that fit into a cache save time: not on a GPU, and not in a compiled graph."""
+    return not (x.is_cuda or torch.compiler.is_compiling())
 
 
 def _legendre(num_nodes: int) -> list[tuple[float, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -53,8 +53,6 @@ CASES = [
 
 def on(device: torch.device, problem: gl.Problem) -> gl.Problem:
     """Return the problem with its tensors on the device."""
-    from dataclasses import replace
-
     return replace(problem, params={k: p.to(device) for k, p in problem.params.items()}, t=problem.t.to(device))
 
 

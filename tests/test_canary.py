@@ -1,20 +1,9 @@
 """The comparison of the chapters is itself tested: see scripts/canary.py."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from programs import ROOT, script
 
-ROOT = Path(__file__).resolve().parent.parent
 CHAPTERS = sorted(path.name[:2] for path in (ROOT / "book").glob("[0-9][0-9]_*.ipynb"))
-
-
-def script(name: str):
-    """Import a program from scripts/."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 CANARY = script("canary")

@@ -1,17 +1,15 @@
 """The rules for notebooks: what nbval does not see, and what a reader may rely on."""
 
 import base64
-import importlib.util
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
+from programs import ROOT, script
 
-ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
 CHAPTERS = sorted(BOOK.glob("*.ipynb"))
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
@@ -19,14 +17,6 @@ LABEL = re.compile(
     r"^(?:\((?P<target>[\w-]+)\)=|:(?:label|name): *(?P<option>\S+)|\$\$ *\((?P<equation>[\w-]+)\))", re.M
 )
 VARYING = re.compile(rf"0x[0-9a-f]{{6,}}|/(?:home|tmp|usr|Users)/|{re.escape(str(ROOT))}|Traceback \(most recent")
-
-
-def script(name: str):
-    """Import a program from scripts/."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def read(path):

@@ -1,24 +1,14 @@
 """The generated pages are current, and say something about every public name."""
 
 import csv
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
+from programs import ROOT, script
 
 import gradlab
 
-ROOT = Path(__file__).resolve().parent.parent
 BOOK = ROOT / "book"
-
-
-def script(name: str):
-    """Import a program from scripts/."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 PAGES = script("pages")
