@@ -1,57 +1,124 @@
 """Stochastic gradient estimators for PyTorch: swap one line, measure what it costs."""
 
 from gradlab.baselines import Baseline, Constant, Learned, LeaveOneOut, MovingAverage
+from gradlab.coupled import ARM, DisARM, MeasureValued
 from gradlab.diagnostics import Comparison, Row, compare, replicate
 from gradlab.distributions import Logistic, TruncatedNormal
-from gradlab.estimator import Cost, Estimator, Sampler, Traits
-from gradlab.exact import Enumerate, Quadrature
+from gradlab.estimator import AfterLinear, Cost, Estimator, Sampler, Traits
+from gradlab.exact import Enumerate, LocalExpectation, SumAndSample, UnorderedSet
 from gradlab.generalized import GeneralizedReparameterization, RejectionReparameterization, standardize
+from gradlab.gumbel import concrete_log_prob, conditional_gumbels, gumbel
 from gradlab.paths import Path, has_path, register_path
 from gradlab.pathwise import ImplicitReparameterization, Reparameterization
 from gradlab.problems import PROBLEMS, Problem, problem
-from gradlab.samplers import implicit, inverse_cdf, rsample
+from gradlab.quadrature import Quadrature
+from gradlab.rebar import LAX, REBAR, RELAX, DoubleControlVariate
+from gradlab.relaxations import (
+    Schedule,
+    constant_temperature,
+    exponential_annealing,
+    huber,
+    inverse_time_annealing,
+    smooth_l1,
+    smooth_max,
+    soft_max_value,
+    softargmax,
+    softmax,
+    softplus,
+    st_argmax,
+    stop_gradient,
+)
+from gradlab.relaxed import GumbelRao, GumbelSoftmax, ReinMax, StraightThrough
+from gradlab.samplers import (
+    gumbel_max,
+    gumbel_rao,
+    gumbel_softmax,
+    gumbel_top_k,
+    implicit,
+    inverse_cdf,
+    reinmax,
+    rsample,
+    straight_through,
+)
 from gradlab.score import ControlVariate, MuProp, ScoreFunction
 from gradlab.surrogate import attach, descend, magic_box, zero
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ARM",
+    "LAX",
     "PROBLEMS",
+    "REBAR",
+    "RELAX",
+    "AfterLinear",
     "Baseline",
     "Comparison",
     "Constant",
     "ControlVariate",
     "Cost",
+    "DisARM",
+    "DoubleControlVariate",
     "Enumerate",
     "Estimator",
     "GeneralizedReparameterization",
+    "GumbelRao",
+    "GumbelSoftmax",
     "ImplicitReparameterization",
     "Learned",
     "LeaveOneOut",
+    "LocalExpectation",
     "Logistic",
+    "MeasureValued",
     "MovingAverage",
     "MuProp",
     "Path",
     "Problem",
     "Quadrature",
+    "ReinMax",
     "RejectionReparameterization",
     "Reparameterization",
     "Row",
     "Sampler",
+    "Schedule",
     "ScoreFunction",
+    "StraightThrough",
+    "SumAndSample",
     "Traits",
     "TruncatedNormal",
+    "UnorderedSet",
     "attach",
     "compare",
+    "concrete_log_prob",
+    "conditional_gumbels",
+    "constant_temperature",
     "descend",
+    "exponential_annealing",
+    "gumbel",
+    "gumbel_max",
+    "gumbel_rao",
+    "gumbel_softmax",
+    "gumbel_top_k",
     "has_path",
+    "huber",
     "implicit",
     "inverse_cdf",
+    "inverse_time_annealing",
     "magic_box",
     "problem",
     "register_path",
+    "reinmax",
     "replicate",
     "rsample",
+    "smooth_l1",
+    "smooth_max",
+    "soft_max_value",
+    "softargmax",
+    "softmax",
+    "softplus",
+    "st_argmax",
     "standardize",
+    "stop_gradient",
+    "straight_through",
     "zero",
 ]

@@ -10,12 +10,16 @@ from collections.abc import Callable, Sequence
 import torch
 
 from gradlab.baselines import LeaveOneOut, MovingAverage
+from gradlab.coupled import ARM, DisARM, MeasureValued
 from gradlab.diagnostics import Comparison, compare
+from gradlab.distributions import support_size
 from gradlab.estimator import Estimator
-from gradlab.exact import Enumerate
+from gradlab.exact import Enumerate, LocalExpectation, SumAndSample, UnorderedSet
 from gradlab.generalized import GeneralizedReparameterization, RejectionReparameterization
 from gradlab.pathwise import ImplicitReparameterization, Reparameterization
 from gradlab.problems import PROBLEMS, Problem
+from gradlab.rebar import REBAR, DoubleControlVariate
+from gradlab.relaxed import GumbelRao, GumbelSoftmax, ReinMax, StraightThrough
 from gradlab.score import MuProp, ScoreFunction
 
 ESTIMATORS: dict[str, Callable[[int], Estimator]] = {
@@ -27,6 +31,19 @@ ESTIMATORS: dict[str, Callable[[int], Estimator]] = {
     "implicit": lambda s: ImplicitReparameterization(s),
     "g-rep": lambda s: GeneralizedReparameterization(num_samples=s),
     "rsvi": lambda s: RejectionReparameterization(s),
+    "gumbel-softmax": lambda s: GumbelSoftmax(s, temperature=0.5),
+    "st-gumbel-softmax": lambda s: GumbelSoftmax(s, temperature=0.5, hard=True),
+    "straight-through": lambda s: StraightThrough(s),
+    "gumbel-rao": lambda s: GumbelRao(s, temperature=0.5),
+    "reinmax": lambda s: ReinMax(s),
+    "rebar": lambda s: REBAR(s),
+    "double-cv": lambda s: DoubleControlVariate(max(s, 2)),
+    "arm": lambda s: ARM(s),
+    "disarm": lambda s: DisARM(s),
+    "measure-valued": lambda s: MeasureValued(s),
+    "local-expectation": lambda s: LocalExpectation(s),
+    "sum-and-sample": lambda s: SumAndSample(top=2, num_samples=s),
+    "unordered-set": lambda s: UnorderedSet(min(max(s, 2), 10)),
     "enumerate": lambda s: Enumerate(),
 }
 
@@ -65,9 +82,11 @@ def serves(estimator: Estimator, problem: Problem) -> bool:
     q = problem.q({k: p.clone().requires_grad_() for k, p in problem.params.items()})
     if not estimator.supports(q) or (estimator.traits.needs_gradient and not problem.smooth):
         return False
+    if isinstance(estimator, SumAndSample | UnorderedSet) and support_size(q) > LIMIT:
+        return False  # few evaluations, but the whole support is listed
     try:
         return estimator.evaluations(q) <= LIMIT and estimator(q, problem.f).requires_grad
-    except TypeError:  # no transform is known for this q
+    except (TypeError, ValueError):  # no transform is known for this q, or its support is too small
         return False
 
 

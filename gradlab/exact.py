@@ -1,31 +1,22 @@
-"""No estimate at all: sum over a finite support, or integrate in one dimension. The oracle of the package."""
+"""Why not just sum? Over the whole support, over one coordinate at a time, or over its heaviest part."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, VonMises
+from torch.distributions import Distribution
 
-from gradlab.distributions import (
-    ends,
-    has_finite_support,
-    has_icdf,
-    has_log_prob,
-    is_discrete,
-    quantile,
-    support,
-    support_size,
-    tensors,
-)
-from gradlab.estimator import Cost, Estimator, Traits, describe
-from gradlab.surrogate import is_transformed
+from gradlab.baselines import Baseline, as_baseline
+from gradlab.distributions import has_finite_support, number_of_factors, support, support_size
+from gradlab.estimator import Cost, Estimator, Traits
+from gradlab.flips import check_chunk_size, index_of, probabilities, replace_each, values_of
+from gradlab.gumbel import gumbel
+from gradlab.samplers import sample
+from gradlab.surrogate import attach, magic_box
 
-__all__ = ["Enumerate", "Quadrature"]
+__all__ = ["Enumerate", "LocalExpectation", "SumAndSample", "UnorderedSet"]
 
 
 class Enumerate(Estimator):
@@ -78,163 +69,245 @@ class Enumerate(Estimator):
         return ""
 
 
-class Quadrature(Estimator):
-    r"""The expectation of a one-dimensional continuous q by deterministic quadrature.
+class LocalExpectation(Estimator):
+    r"""The local expectation gradient: sum over the values of one factor, sample the others.
 
-    .. math:: E_q[f] = \int f(z)\,q_\theta(z)\,dz \approx \sum_i w_i\,f(z_i)\,q_\theta(z_i)
+    .. math:: \nabla E_q[f] = \sum_{j=1}^d E_{z_{-j}}\Big[\sum_{k=1}^K \nabla\pi_{jk}\,f(z_{-j}, k)\Big]
 
-    The double-exponential map :math:`z(t)` carries the support to a line (it absorbs integrable
-    singularities at the ends and heavy tails), where composite 16-point Gauss-Legendre rules integrate. The gradient
-    is that of the density, so f need not be differentiable; where the support itself moves with :math:`\theta`, so
-    do the nodes, and then f must be.
+    Exact for one factor, and for a cost that is a sum over factors; its variance never exceeds that of the score
+    function. f is evaluated without a graph, except at the samples.
 
     Args:
-        breakpoints: points where f is not smooth (kinks, steps); the panels are cut there.
-        panels: number of Gauss-Legendre panels.
-
-    Raises:
-        ValueError: the nodes do not find all of q's mass.
+        num_samples: S.
+        chunk_size: replacements a call of f, to bound memory; by default one call evaluates all d(K - 1).
 
     Reference:
-        `Double exponential formulas for numerical integration <https://doi.org/10.2977/prims/1195192451>`_,
-        Takahasi and Mori, 1974.
+        `Local Expectation Gradients for Black Box Variational Inference <https://arxiv.org/abs/1503.01494>`_, Titsias
+        and Lázaro-Gredilla, 2015; equations 16 and 17 of source 003.
 
-    >>> loc = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    >>> Quadrature(breakpoints=[0.0])(torch.distributions.Normal(loc, 1.3), torch.relu).backward()
-    >>> round(loc.grad.item(), 10)  # the normal cdf at 0.7 / 1.3
-    0.7048707743
+    >>> logits = torch.tensor([0.3, -0.5], requires_grad=True)
+    >>> q = torch.distributions.Independent(torch.distributions.Bernoulli(logits=logits), 1)
+    >>> LocalExpectation()(q, lambda z: (3 * z).sum(-1)).backward()
+    >>> p = logits.sigmoid()
+    >>> torch.allclose(logits.grad, 3 * p * (1 - p))
+    True
     """
 
     traits = Traits(
-        serves="one-dimensional continuous distributions with a log_prob",
+        serves="distributions whose factors have a finite support (Bernoulli, categorical, binomial)",
         unbiased=True,
         needs_gradient=False,
         relaxes=False,
-        evaluations="16 panels",
-        second_order=True,
-        transforms=False,
-        reference="Takahasi and Mori (1974), https://doi.org/10.2977/prims/1195192451",
+        evaluations="S (1 + d (K - 1))",
+        second_order=False,
+        transforms=True,
+        reference="Titsias and Lázaro-Gredilla (2015), https://arxiv.org/abs/1503.01494",
     )
 
-    def __init__(self, breakpoints: Sequence[float] = (), panels: int = 128) -> None:
-        super().__init__()
-        self.breakpoints, self.panels = tuple(float(b) for b in breakpoints), panels
+    def __init__(self, num_samples: int = 1, chunk_size: int | None = None) -> None:
+        super().__init__(num_samples)
+        self.chunk_size = check_chunk_size(chunk_size)
 
     @classmethod
     def supports(cls, q: Distribution) -> bool:
-        return not q.event_shape and has_log_prob(q) and not is_discrete(q)
+        return has_finite_support(q)
 
     def evaluations(self, q: Distribution) -> int:
-        return len(self.draw(q).z)
+        return self.num_samples * (1 + number_of_factors(q) * (len(values_of(q)) - 1))
 
-    def draw(self, q: Distribution) -> Nodes:
-        """Return the nodes and weights, ``[N, *B]``; no randomness."""
-        line, like = double_exponential(q), next(tensors(q))
-        cuts = [t for b in self.breakpoints for t in line.inverse(like.new_tensor(b)).flatten().tolist()]
-        t, w = (
-            torch.as_tensor(x, dtype=like.dtype, device=like.device).reshape(-1, *(1 for _ in q.batch_shape))
-            for x in gauss_legendre(line.reach, self.panels, cuts)
-        )
-        z, slope = line.forward(t)
-        return Nodes(*torch.broadcast_tensors(z, slope * w))
+    def draw(self, q: Distribution) -> Tensor:
+        return sample(q, torch.Size([self.num_samples]))
 
-    def estimate(self, q: Distribution, f: Cost, noise: Nodes, context: Tensor | None = None) -> Tensor:
-        with torch.no_grad():
-            density = q.log_prob(noise.z).exp()
-            keep = torch.isfinite(density) & (density > 0)  # the far tails under- or overflow: they weigh nothing
-            middle = noise.z.gather(0, density.nan_to_num(0.0, 0.0, 0.0).argmax(0, keepdim=True))
-            check_mass(torch.where(keep, noise.weight * density, 0.0).sum(0), q)
-        z = torch.where(keep, noise.z, middle)
-        return torch.where(keep, noise.weight * q.log_prob(z).exp() * f(z), 0.0).sum(0)
+    def estimate(self, q: Distribution, f: Cost, noise: Tensor, context: Tensor | None = None) -> Tensor:
+        cost, values, index = f(noise), values_of(q), index_of(q, noise)  # [S, *B], [K, *F], [S, *B, d]
+        turns = torch.arange(1, len(values), device=index.device).reshape(-1, *(1 for _ in index.shape))
+        others = (index + turns) % len(values)  # [K - 1, S, *B, d]
+        flipped = replace_each(q, f, noise, values[others], self.chunk_size)  # [K - 1, d, S, *B]
+        gain = flipped.movedim((0, 1), (-1, -2)) - cost.detach()[..., None, None]  # [S, *B, d, K - 1]
+        table = gain.new_zeros(*index.shape, len(values)).scatter(-1, others.movedim(0, -1), gain)
+        return attach(cost.mean(0), probabilities(q), table.mean(0))
 
     def extra_repr(self) -> str:
-        return f"breakpoints={self.breakpoints}, panels={self.panels}"
+        return f"{super().extra_repr()}, chunk_size={self.chunk_size}"
 
 
-def check_mass(mass: Tensor, q: Distribution) -> None:
-    """Raise unless the nodes see the whole of q."""
-    if not is_transformed(mass) and bool(((mass - 1).abs() > 1e-3).any()):
-        raise ValueError(
-            f"Quadrature: found a total mass between {mass.min().item():.4g} and {mass.max().item():.4g} for "
-            f"{describe(q)}, expected 1. Its support or its scale is not what torch says, or it needs more panels."
-        )
+class Split(NamedTuple):
+    """The heaviest values of the support, and samples of the rest."""
+
+    top: Tensor  # [M, *B, *E]
+    rest: Tensor  # [S, *B, *E]
 
 
-class Nodes(NamedTuple):
-    z: Tensor  # [N, *B]
-    weight: Tensor  # [N, *B]
+class SumAndSample(Estimator):
+    r"""Sum the M most probable values, and sample the rest with the score function.
+
+    .. math:: E_q[f] = \sum_{v\in C} q(v) f(v) + (1 - q(C))\,E_{q(\cdot\mid z\notin C)}[f]
+
+    The more of q's mass the top values hold, the less is left to chance; with M the size of the support, nothing.
+
+    Args:
+        top: M, how many joint values are summed.
+        num_samples: S, samples of the rest.
+        baseline: a baseline for the samples of the rest.
+
+    Reference:
+        `Rao-Blackwellized Stochastic Gradients for Discrete Distributions <https://arxiv.org/abs/1810.04777>`_, Liu,
+        Regier, Tripuraneni, Jordan and McAuliffe, 2019.
+
+    >>> logits = torch.tensor([3.0, 0.0, 0.0], requires_grad=True)
+    >>> q = torch.distributions.Categorical(logits=logits)
+    >>> SumAndSample(top=3)(q, lambda z: 1.0 * z).isclose(3 * q.probs[1])
+    tensor(True)
+    """
+
+    traits = Traits(
+        serves="distributions with a finite support (at most 2**20 joint values)",
+        unbiased=True,
+        needs_gradient=False,
+        relaxes=False,
+        evaluations="M + S",
+        second_order=True,
+        transforms=True,
+        reference="Liu et al. (2019), https://arxiv.org/abs/1810.04777",
+    )
+
+    def __init__(self, top: int = 1, num_samples: int = 1, baseline: Baseline | float | None = None) -> None:
+        super().__init__(num_samples)
+        if top < 1:
+            raise ValueError(f"SumAndSample: found top={top}, expected at least 1; 0 is ScoreFunction.")
+        self.top, self.baseline = top, as_baseline(baseline, num_samples)
+
+    @classmethod
+    def supports(cls, q: Distribution) -> bool:
+        return has_finite_support(q)
+
+    def evaluations(self, q: Distribution) -> int:
+        return min(self.top, support_size(q)) + self.num_samples
+
+    def draw(self, q: Distribution) -> Split:
+        values = support(q)  # [N, *B, *E]
+        with torch.no_grad():
+            log_p = q.log_prob(values).movedim(0, -1)  # [*B, N]
+            top = log_p.topk(min(self.top, len(values)), -1).indices
+            left = log_p.scatter(-1, top, torch.finfo(log_p.dtype).min)
+            size = torch.Size([self.num_samples])
+            rest = (left + gumbel(size + left.shape, left)).argmax(-1)  # [S, *B]
+        return Split(_pick(values, top.movedim(-1, 0), q), _pick(values, rest, q))
+
+    def estimate(self, q: Distribution, f: Cost, noise: Split, context: Tensor | None = None) -> Tensor:
+        cost = f(torch.cat(noise))
+        log_p = q.log_prob(torch.cat(noise))
+        size = len(noise.top)
+        p = log_p[:size].exp()
+        left = 1 - p.sum(0)  # [*B]
+        b = self.baseline(cost[size:].detach(), context)
+        fixed = b.detach()
+        rest = left.detach() * magic_box(log_p[size:]) * (cost[size:] - fixed) + left * fixed
+        loss = (p * cost[:size]).sum(0) + rest.mean(0)
+        return loss + self.baseline.training_loss(cost[size:].detach(), b) if b.requires_grad else loss
+
+    def extra_repr(self) -> str:
+        return f"top={self.top}, {super().extra_repr()}"
 
 
-class Line(NamedTuple):
-    """A change of variable from t in (-reach, reach) onto the support, written with its bounds' graph."""
+class UnorderedSet(Estimator):
+    r"""Sample a set of S *different* values, and weigh each by its leave-one-out ratio.
 
-    forward: Callable[[Tensor], tuple[Tensor, Tensor]]  # t -> z, dz/dt
-    inverse: Callable[[Tensor], Tensor]  # z -> t
-    reach: float
+    .. math:: \nabla E_q[f] = E_A\Big[\sum_{s\in A} q(s)\,R(A, s)\,(f(s) - b_s)\,\nabla\log q(s)\Big],\qquad
+              R(A, s) = \frac{P(A\setminus s \mid s\text{ drawn first})}{P(A)}, \quad
+              b_s = \sum_{t\in A} q(t)\,R(A\setminus s, t)\,f(t)
 
+    No evaluation is spent twice on the same value; with S the size of the support, the sum is exact.
 
-def double_exponential(q: Distribution) -> Line:
-    """Return the double-exponential map of q's support: an interval, a half-line or the line."""
-    low, high = bounds(q)
-    if low is not None and high is not None:
-        return _interval(low, high)
-    middle, spread = location_scale(q)
-    if low is not None:
-        return _half_line(low, middle, 1)
-    return _line(middle, spread) if high is None else _half_line(high, middle, -1)
+    Args:
+        num_samples: S, from 2 to 10: the ratios cost of the order of 2^S S^3.
 
+    Reference:
+        `Estimating Gradients for Discrete Random Variables by Sampling without Replacement
+        <https://arxiv.org/abs/2002.06043>`_, Kool, van Hoof and Welling, 2020.
 
-def _interval(low: Tensor, high: Tensor) -> Line:
-    def forward(t: Tensor) -> tuple[Tensor, Tensor]:
-        s = torch.sigmoid(math.pi * t.sinh())
-        return low + (high - low) * s, (high - low) * math.pi * t.cosh() * s * torch.sigmoid(-math.pi * t.sinh())
+    >>> logits = torch.tensor([0.3, -0.5], requires_grad=True)
+    >>> q = torch.distributions.Categorical(logits=logits)
+    >>> UnorderedSet(2)(q, lambda z: 1.0 * z).isclose(q.probs[1])
+    tensor(True)
+    """
 
-    return Line(forward, lambda z: (torch.logit((z - low) / (high - low)) / math.pi).asinh(), 5.0)
+    traits = Traits(
+        serves="distributions with a finite support of at least S joint values (at most 2**20)",
+        unbiased=True,
+        needs_gradient=False,
+        relaxes=False,
+        evaluations="S",
+        second_order=True,
+        transforms=True,
+        reference="Kool, van Hoof and Welling (2020), https://arxiv.org/abs/2002.06043",
+    )
 
+    def __init__(self, num_samples: int = 2) -> None:
+        super().__init__(num_samples)
+        if not 2 <= self.num_samples <= 10:
+            raise ValueError(f"UnorderedSet: found num_samples={num_samples}, expected 2 to 10.")
 
-def _half_line(end: Tensor, middle: Tensor, sign: int) -> Line:
-    scale = (middle - end.detach()).abs().clamp_min(torch.finfo(end.dtype).tiny)
+    @classmethod
+    def supports(cls, q: Distribution) -> bool:
+        return has_finite_support(q)
 
-    def forward(t: Tensor) -> tuple[Tensor, Tensor]:
-        z = scale * (math.pi / 2 * t.sinh()).exp()
-        return end + sign * z, z * math.pi / 2 * t.cosh()
+    def draw(self, q: Distribution) -> Tensor:
+        values = support(q)  # [N, *B, *E]
+        if len(values) < self.num_samples:
+            raise ValueError(
+                f"UnorderedSet: found num_samples={self.num_samples} and a support of {len(values)} values, expected "
+                "at least as many values. Use Enumerate, which is exact."
+            )
+        with torch.no_grad():
+            log_p = q.log_prob(values).movedim(0, -1)  # [*B, N]
+            index = (log_p + gumbel(log_p.shape, log_p)).topk(self.num_samples, -1).indices
+        return _pick(values, index.movedim(-1, 0), q)
 
-    return Line(forward, lambda z: ((sign * (z - end) / scale).log() * 2 / math.pi).asinh(), 6.0)
-
-
-def _line(middle: Tensor, spread: Tensor) -> Line:
-    def forward(t: Tensor) -> tuple[Tensor, Tensor]:
-        x = math.pi / 2 * t.sinh()
-        return middle + spread * x.sinh(), spread * x.cosh() * math.pi / 2 * t.cosh()
-
-    return Line(forward, lambda z: (((z - middle) / spread).asinh() * 2 / math.pi).asinh(), 4.5)
-
-
-def bounds(q: Distribution) -> tuple[Tensor | None, Tensor | None]:
-    """Return the finite ends of the support, with their graph; None where it has none."""
-    if isinstance(q, VonMises):  # torch calls its support the whole line; one turn is enough
-        return q.loc.detach() - math.pi, q.loc.detach() + math.pi
-    like = next(tensors(q))
-    low, high = (None if e is None or bool(e.isinf().all()) else e.to(like) for e in ends(q))
-    return low, high
-
-
-def location_scale(q: Distribution) -> tuple[Tensor, Tensor]:
-    """Return a rough middle and spread of q, detached: they place the nodes and change no result."""
-    with torch.no_grad():
-        if has_icdf(q):
-            like = next(tensors(q))
-            quarter, half, rest = (quantile(q, torch.full_like(like, u)) for u in (0.25, 0.5, 0.75))
-            return half, rest - quarter
-        if hasattr(q, "loc"):
-            return q.loc, q.scale
-        middle, spread = q.mean, q.stddev
-        return torch.where(middle.isfinite(), middle, 1.0), torch.where(spread.isfinite(), spread, 1.0)
+    def estimate(self, q: Distribution, f: Cost, noise: Tensor, context: Tensor | None = None) -> Tensor:
+        cost, log_p = f(noise), q.log_prob(noise)  # [S, *B]
+        with torch.no_grad():
+            p = log_p.exp()
+            first, second = leave_one_out_ratios(p, (1 - p.sum(0)).clamp_min(0.0))
+            weight = p * first  # [S, *B]
+            b = (p * second * cost.detach()).sum(1)  # [S, *B]
+        return (weight * (magic_box(log_p) * (cost - b) + b)).sum(0)
 
 
-def gauss_legendre(reach: float, panels: int, cuts: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return nodes and weights of composite 16-point rules on (-reach, reach), cut at the given points."""
-    edges = np.unique(np.concatenate([np.linspace(-reach, reach, panels + 1), [c for c in cuts if abs(c) < reach]]))
-    x, w = np.polynomial.legendre.leggauss(16)
-    half = np.diff(edges)[:, None] / 2
-    return ((edges[:-1, None] + half) + half * x).ravel(), (half * w).ravel()
+def leave_one_out_ratios(p: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return :math:`R(A, s)` ``[S, *B]`` and :math:`R(A\setminus s, t)` ``[S, S, *B]``.
+
+    ``drawn[s][T]`` is the probability that the first draws *after those of s* make up the set T, by dynamic
+    programming over subsets; every term is positive.
+
+    Args:
+        p: probabilities of the S members of the set, ``[S, *B]``.
+        rest: the mass outside of the set, ``[*B]``.
+    """
+    size = len(p)
+    everything = 2**size - 1
+    left = [rest + sum(p[i] for i in range(size) if not t >> i & 1) for t in range(2**size)]  # mass outside of T
+
+    def drawn(start: int) -> Tensor:
+        """The probability that the draws after ``start`` fill the set."""
+        chance = {start: torch.ones_like(rest)}
+        for t in range(start + 1, everything + 1):
+            if t & start == start:
+                before = [(t & ~(1 << i), i) for i in range(size) if t & ~start & (1 << i)]
+                chance[t] = sum((chance[u] * p[i] / left[u] for u, i in before), torch.zeros_like(rest))
+        return chance[everything]
+
+    one = [drawn(1 << s) for s in range(size)]
+    first = torch.stack(one) / drawn(0)
+
+    def after(s: int, t: int) -> Tensor:
+        return torch.ones_like(rest) if s == t else drawn(1 << s | 1 << t) / one[s]
+
+    second = [torch.stack([after(s, t) for t in range(size)]) for s in range(size)]
+    return first, torch.stack(second)
+
+
+def _pick(values: Tensor, index: Tensor, q: Distribution) -> Tensor:
+    """Return the values ``[N, *B, *E]`` at the indices ``[M, *B]``."""
+    index = index.reshape(*index.shape, *(1 for _ in q.event_shape))
+    return values.gather(0, index.expand(*index.shape[: 1 + len(q.batch_shape)], *q.event_shape))

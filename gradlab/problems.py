@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from gradlab.distributions import Logistic, TruncatedNormal, has_finite_support
 from gradlab.estimator import Cost, Estimator
-from gradlab.exact import Enumerate, Quadrature
+from gradlab.exact import Enumerate
+from gradlab.quadrature import Quadrature
 
 __all__ = ["PROBLEMS", "Problem", "problem"]
 
@@ -136,6 +138,15 @@ _MATRIX = torch.tensor(
     [[0.2, -0.6, 1.1], [0.5, 0.4, -0.9], [-0.3, 0.8, 0.1], [1.0, -0.2, 0.3], [0.0, 0.7, -0.5]], dtype=torch.float64
 )
 
+_GRID = torch.cos(torch.arange(50, dtype=torch.float64).reshape(5, 10))
+
+
+def _grid_moments(p: Params, t: Tensor) -> Tensor:
+    probs, w = p["logits"].softmax(-1), _GRID.to(t)
+    mean = (probs * w).sum(-1)
+    return (mean.sum(-1) - t) ** 2 + ((probs * w**2).sum(-1) - mean**2).sum(-1)
+
+
 _LIST = [
     Problem(
         "bernoulli_toy",
@@ -182,6 +193,14 @@ _LIST = [
         _t(1.0),
     ),
     Problem(
+        "onehot_3",
+        "exp(-t w.z) + (w.z)^3, one-hot z with 3 values",
+        _params(logits=[0.2, -0.4, 0.9]),
+        lambda p: td.OneHotCategorical(logits=p["logits"]),
+        lambda z, t: _exp_and_cube((z * _TABLE.to(z)).sum(-1), t),
+        _t(0.7),
+    ),
+    Problem(
         "onehot_10",
         "(w.z - t)^2, one-hot z with 10 values",
         _params(logits=torch.linspace(1, -1, 10).tolist()),
@@ -196,6 +215,15 @@ _LIST = [
         lambda p: td.Independent(td.OneHotCategorical(logits=p["logits"]), 1),
         lambda z, t: _sine_and_square((z * _MATRIX.to(z)).sum((-1, -2)), t),
         _t(0.5),
+    ),
+    Problem(
+        "onehot_5x10",
+        "(sum W.z - t)^2, five one-hot latents with 10 values",
+        _params(logits=[[math.sin(3 * i + k) for k in range(10)] for i in range(5)]),
+        lambda p: td.Independent(td.OneHotCategorical(logits=p["logits"]), 1),
+        lambda z, t: ((z * _GRID.to(z)).sum((-1, -2)) - t) ** 2,
+        _t(0.5),
+        _grid_moments,
     ),
     Problem(
         "binomial_square",
@@ -213,6 +241,15 @@ _LIST = [
         lambda z, t: (-t * z).exp(),
         _t(0.5),
         lambda p, t: (p["rate"] * (-t).expm1()).exp(),
+    ),
+    Problem(
+        "geometric_exp",
+        "exp(-t z), z ~ Geometric",
+        _params(probs=0.35),
+        lambda p: td.Geometric(p["probs"]),
+        lambda z, t: (-t * z).exp(),
+        _t(0.4),
+        lambda p, t: p["probs"] / (1 - (1 - p["probs"]) * (-t).exp()),
     ),
     Problem(
         "normal_square",
@@ -288,6 +325,23 @@ _LIST = [
         lambda p, t: t * torch.cos(1.4 * p["loc"]) * (-1.4 * p["scale"]).exp(),
     ),
     Problem(
+        "exponential_square",
+        "(z - t)^2, z ~ Exponential",
+        _params(rate=1.4),
+        lambda p: td.Exponential(p["rate"]),
+        lambda z, t: (z - t) ** 2,
+        _t(0.5),
+        lambda p, t: 2 / p["rate"] ** 2 - 2 * t / p["rate"] + t * t,
+    ),
+    Problem(
+        "weibull_cos",
+        "cos(t z), z ~ Weibull with shape 1.6",
+        _params(scale=0.9),
+        lambda p: td.Weibull(p["scale"], torch.as_tensor(1.6).to(p["scale"])),
+        lambda z, t: torch.cos(t * z),
+        _t(1.5),
+    ),
+    Problem(
         "uniform_square",
         "(z - t)^2, z ~ Uniform(low, high): the support moves, so the score function fails",
         _params(low=-0.3, high=1.4),
@@ -329,6 +383,15 @@ _LIST = [
         lambda z, t: (-t * z).exp(),
         _t(0.49),
         lambda p, t: (1 + t / p["rate"]) ** (-p["concentration"]),
+    ),
+    Problem(
+        "gamma_rate",
+        "(z - t)^2, z ~ Gamma with shape 1.7: only the rate is a parameter",
+        _params(rate=1.1),
+        lambda p: td.Gamma(torch.full_like(p["rate"], 1.7), p["rate"]),
+        lambda z, t: (z - t) ** 2,
+        _t(0.49),
+        lambda p, t: 1.7 / p["rate"] ** 2 + (1.7 / p["rate"] - t) ** 2,
     ),
     Problem(
         "gamma_small",
@@ -389,6 +452,10 @@ _LIST = [
         ).sum(-1),
     ),
 ]
+
+
+def _exp_and_cube(x: Tensor, t: Tensor) -> Tensor:
+    return (-t * x).exp() + x**3
 
 
 def _sine_and_square(x: Tensor, t: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from torch.distributions import Distribution
 
 from gradlab.baselines import Baseline, as_baseline, weighted
 from gradlab.distributions import has_log_prob, has_mean, has_moving_support, scores
-from gradlab.estimator import Cost, Estimator, Traits, checked
+from gradlab.estimator import Cost, Estimator, Traits, checked, value_and_slope
 from gradlab.samplers import sample
-from gradlab.surrogate import is_transformed, magic_box, zero
+from gradlab.surrogate import magic_box, zero
 
 __all__ = ["ControlVariate", "MuProp", "ScoreFunction"]
 
@@ -198,25 +198,12 @@ class MuProp(_Score):
 
     def estimate(self, q: Distribution, f: Cost, noise: Tensor, context: Tensor | None = None) -> Tensor:
         center = q.mean.detach()
-        cost, slope = value_and_slope(f, torch.cat([noise, center[None]]))  # [S + 1, *B], f'(mean) [*B, *E]
+        cost, (slope,) = value_and_slope(f, torch.cat([noise, center[None]]), slice(-1, None))  # [S + 1, *B], [*B, *E]
         dims = tuple(range(-len(q.event_shape), 0))
         taylor = cost[-1].detach() + _dot(slope, noise - center, dims)
         residual = cost[:-1] - taylor
         loss = weighted(q.log_prob(noise), residual, self.baseline, context)
         return loss + taylor.mean(0) + _dot(slope, zero(q.mean), dims)
-
-
-def value_and_slope(f: Cost, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return f at all points, with its graph, and its derivative at the last one, without."""
-    with torch.enable_grad():
-        if is_transformed(z):  # autograd cannot look inside torch.func, whose vjp cannot serve a BatchNorm in f
-            cost, pullback, *_ = torch.func.vjp(f, z)
-            last = torch.cat([torch.zeros_like(cost[:-1]), torch.ones_like(cost[-1:])])
-            return cost, pullback(last)[0][-1].detach()
-        z = z.detach().requires_grad_()
-        cost = f(z)
-        (grad,) = torch.autograd.grad(cost[-1].sum(), z, retain_graph=True, materialize_grads=True)
-    return cost, grad[-1]
 
 
 def optimal_coefficient(score: Tensor, cost: Tensor, zeta: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def attach(value: Tensor, parameter: Tensor, gradient: Tensor) -> Tensor:
     return value + path.sum(dim=tuple(range(value.ndim, path.ndim))) if path.ndim > value.ndim else value + path
 
 
-def descend(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+def descend(loss: Tensor, parameters: Iterable[Tensor], through: Iterable[Tensor] | None = None) -> Tensor:
     r"""Return zeros whose backward *descends* ``loss``, for ``parameters`` and nothing else.
 
     For an upstream gradient :math:`g` (shape ``[*B]``) the parameters receive
@@ -81,6 +81,8 @@ def descend(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     Args:
         loss: ``[*B]``, one auxiliary loss per problem.
         parameters: the tensors to train.
+        through: detached stand-ins that the loss was computed with, one a parameter, so that it can share a graph with
+            a surrogate that must not reach the parameters.
 
     Raises:
         RuntimeError: when differentiated twice with respect to ``parameters``, or when ``torch.func`` asks for
@@ -91,7 +93,8 @@ def descend(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     >>> c.grad.item()
     12.0
     """
-    leaves = [p for p in parameters if p.requires_grad]
+    pairs = [(p, r) for p, r in zip(*_twice(parameters, through), strict=True) if p.requires_grad]
+    leaves, stand_ins = [p for p, _ in pairs], [r for _, r in pairs]
     if any(map(is_transformed, leaves)):
         raise RuntimeError(
             "gradlab: found the parameters of a learned control variate inside torch.func, expected them outside. "
@@ -99,7 +102,17 @@ def descend(loss: Tensor, parameters: Iterable[Tensor]) -> Tensor:
         )
     if not leaves or not torch.is_grad_enabled() or is_transformed(loss):
         return torch.zeros_like(loss)
-    return _Descend.apply([loss], *leaves)
+    return _Descend.apply([loss, *stand_ins], *leaves)
+
+
+def stand_in(parameter: Tensor) -> Tensor:
+    """Return a detached leaf with the parameter's value, for :func:`descend` to train the parameter through."""
+    return parameter.detach().requires_grad_(parameter.requires_grad)
+
+
+def _twice(parameters: Iterable[Tensor], through: Iterable[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
+    leaves = list(parameters)
+    return leaves, leaves if through is None else list(through)
 
 
 def first_order(x: Tensor) -> Tensor:
@@ -123,6 +136,13 @@ def is_batched(x: Tensor) -> bool:
     return False
 
 
+def wants_gradient(x: Tensor) -> bool:
+    """Whether a gradient of x is wanted, also where ``torch.func`` transforms hide it."""
+    while not x.requires_grad and is_transformed(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x.requires_grad
+
+
 class _FirstOrder(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -137,17 +157,17 @@ class _FirstOrder(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        return _Poison.apply(grad, x) if torch.is_grad_enabled() else grad
+        return grad + _Poison.apply(x) if torch.is_grad_enabled() else grad
 
 
 class _Poison(torch.autograd.Function):
-    """The identity in its first argument, tied to the second; its own derivative raises."""
+    """Zeros that depend on x: added to a gradient they change nothing, and their own derivative raises."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad, x):
-        return grad.view_as(grad)
+    def forward(x):
+        return torch.zeros_like(x)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -164,14 +184,14 @@ class _Poison(torch.autograd.Function):
 class _Descend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, box, *parameters):
-        (ctx.loss,) = box  # boxed, so that autograd sees the parameters only
+        ctx.loss, *ctx.stand_ins = box  # boxed, so that autograd sees the parameters only
         ctx.save_for_backward(*parameters)
         return torch.zeros_like(ctx.loss)
 
     @staticmethod
     def backward(ctx, grad):
         parameters = ctx.saved_tensors
-        grads = torch.autograd.grad(ctx.loss, parameters, grad.abs(), retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(ctx.loss, ctx.stand_ins, grad.abs(), retain_graph=True, allow_unused=True)
         if torch.is_grad_enabled():
-            grads = [g if g is None else _Poison.apply(g, p) for g, p in zip(grads, parameters, strict=True)]
+            grads = [g if g is None else g + _Poison.apply(p) for g, p in zip(grads, parameters, strict=True)]
         return None, *grads

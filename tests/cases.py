@@ -20,6 +20,23 @@ class Case:
     make: Callable[[gl.Problem], gl.Estimator]
 
 
+class Critic(torch.nn.Module):
+    """A smooth function of a sample of any shape, told where the event begins by a problem's q."""
+
+    def __init__(self, dims: int = 0) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([0.7, 0.3]))
+        self.dims = dims
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value = self.weight[0] * torch.tanh(x) + self.weight[1] * torch.cos(x)
+        return value.flatten(value.ndim - self.dims).sum(-1) if self.dims else value
+
+
+def _critic(problem: gl.Problem) -> Critic:
+    return Critic(len(problem.q().event_shape)).to(problem.t.device)
+
+
 def _linear_control(problem: gl.Problem, **kwargs: object) -> gl.ControlVariate:
     """The control variate "sum of z over the event dims", whose mean torch knows."""
     dims = tuple(range(-len(problem.q().event_shape), 0))
@@ -47,6 +64,22 @@ CASES = [
     Case("g-rep, leave-one-out", lambda p: gl.GeneralizedReparameterization(num_samples=2, baseline=gl.LeaveOneOut())),
     Case("rsvi", lambda p: gl.RejectionReparameterization(2)),
     Case("rsvi, boost 3", lambda p: gl.RejectionReparameterization(1, boost=3)),
+    Case("gumbel-softmax", lambda p: gl.GumbelSoftmax(2, temperature=0.7)),
+    Case("gumbel-softmax, hard", lambda p: gl.GumbelSoftmax(2, temperature=0.7, hard=True)),
+    Case("straight-through", lambda p: gl.StraightThrough(2)),
+    Case("gumbel-rao", lambda p: gl.GumbelRao(2, temperature=0.7, num_noises=3)),
+    Case("reinmax", lambda p: gl.ReinMax(2)),
+    Case("rebar", lambda p: gl.REBAR(2, temperature=0.4, coefficient=0.8)),
+    Case("relax", lambda p: gl.RELAX(_critic(p), 2)),
+    Case("relax, with the relaxed cost", lambda p: gl.RELAX(_critic(p), 1, temperature=0.6)),
+    Case("lax", lambda p: gl.LAX(_critic(p), 2)),
+    Case("double control variate", lambda p: gl.DoubleControlVariate(3)),
+    Case("arm", lambda p: gl.ARM(1)),
+    Case("disarm", lambda p: gl.DisARM(2)),
+    Case("measure-valued", lambda p: gl.MeasureValued(2, chunk_size=3)),
+    Case("local expectation", lambda p: gl.LocalExpectation(1, chunk_size=4)),
+    Case("sum and sample", lambda p: gl.SumAndSample(2, 2, gl.LeaveOneOut())),
+    Case("unordered set", lambda p: gl.UnorderedSet(2)),
     Case("enumerate", lambda p: gl.Enumerate()),
 ]
 
@@ -73,3 +106,5 @@ def _can(case: Case, problem: gl.Problem) -> bool:
 
 PAIRS = pairs()
 IDS = [f"{c.name}-{p.name}" for c, p in PAIRS]
+UNBIASED = [(c, p) for c, p in PAIRS if c.make(p).traits.unbiased]
+UNBIASED_IDS = [f"{c.name}-{p.name}" for c, p in UNBIASED]

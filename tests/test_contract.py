@@ -33,7 +33,7 @@ def params_of(problem: gl.Problem, *batch: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("case", "problem"), PAIRS, ids=IDS)
 def test_shapes_and_counts(case: Case, problem: gl.Problem, device: torch.device) -> None:
-    """The loss has q's batch shape, f is called once, at as many points as declared."""
+    """The loss has q's batch shape, f is called once, or once a chunk, at as many points as declared."""
     problem = on(device, problem)
     points = []
 
@@ -48,7 +48,8 @@ def test_shapes_and_counts(case: Case, problem: gl.Problem, device: torch.device
     assert loss.shape == (2, 3) == q.batch_shape
     assert loss.dtype == torch.float64
     assert loss.device.type == device.type
-    assert points == [estimator.evaluations(q)]
+    assert sum(points) == estimator.evaluations(q)
+    assert len(points) == 1 or hasattr(estimator, "chunk_size")
     grads = torch.autograd.grad(loss.sum(), list(params.values()), materialize_grads=True)
     assert all(g.isfinite().all() for g in grads)
 
@@ -80,7 +81,7 @@ def test_float32_stays_float32(case: Case, problem: gl.Problem, device: torch.de
 
 @pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
 def test_is_a_module(case: Case) -> None:
-    problem = gl.problem("bernoulli_3" if case.name != "rsvi" else "gamma_square")
+    problem = gl.problem("gamma_square" if case.name in ("rsvi", "lax") else "bernoulli_3")
     estimator = case.make(problem)
     assert isinstance(estimator, nn.Module)
     assert repr(estimator).startswith(type(estimator).__name__)
@@ -456,8 +457,10 @@ def test_torch_func(case: Case, problem: gl.Problem, device: torch.device) -> No
 @pytest.mark.parametrize(("case", "problem"), PAIRS, ids=IDS)
 def test_vmap_of_grad(case: Case, problem: gl.Problem, device: torch.device) -> None:
     """One gradient a problem, with randomness of its own."""
-    if problem.name == "binomial_square" or (problem.name == "student_cos" and case.name not in ("implicit", "score")):
-        return  # torch.binomial and StudentT.mean have no batching rule
+    if problem.name in ("binomial_square", "geometric_exp"):
+        return  # torch samples neither below vmap
+    if problem.name == "student_cos" and case.name not in ("implicit", "score"):
+        return  # StudentT.mean has no batching rule
     problem = on(device, problem)
     estimator = case.make(problem).eval()
 
@@ -475,8 +478,9 @@ def test_vmap_of_grad(case: Case, problem: gl.Problem, device: torch.device) -> 
     for name, g in grads.items():
         assert g.shape == many[name].shape
         assert g.isfinite().all()
-    noiseless = case.name == "enumerate" or (case.name.startswith("muprop") and problem.name == "bernoulli_toy_499")
-    assert noiseless or any(len(g.unique(dim=0)) > 1 for g in grads.values())
+    plain = gl.replicate(loss, problem.params, 20)
+    for name, g in plain.items():
+        assert (len(grads[name].unique(dim=0)) > 1) == (len(g.unique(dim=0)) > 1)
 
 
 COMPILED = [

@@ -18,8 +18,8 @@ from torch import Tensor
 import gradlab as gl
 from gradlab.baselines import weighted
 from gradlab.distributions import support
-from gradlab.exact import gauss_legendre
 from gradlab.generalized import Accepted, log_accepted
+from gradlab.quadrature import gauss_legendre
 
 TOLERANCE = 1e-10
 TORCH_BESSEL = 1e-7  # torch's von Mises log_prob is a polynomial of that accuracy

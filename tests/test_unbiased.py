@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from cases import IDS, PAIRS, Case, on
+from cases import UNBIASED, UNBIASED_IDS, Case, on
 from torch import Tensor
 
 import gradlab as gl
@@ -47,7 +47,7 @@ def sampled(estimator: gl.Estimator, problem: gl.Problem, count: int) -> tuple[T
     return flat(gl.replicate(loss, everything, count, chunk_size=100_000), 1), exact
 
 
-@pytest.mark.parametrize(("case", "problem"), PAIRS, ids=IDS)
+@pytest.mark.parametrize(("case", "problem"), UNBIASED, ids=UNBIASED_IDS)
 def test_unbiased(case: Case, problem: gl.Problem, device: torch.device) -> None:
     problem = on(device, problem)
     estimator = case.make(problem)
@@ -74,7 +74,7 @@ def test_unbiased(case: Case, problem: gl.Problem, device: torch.device) -> None
 
 
 def test_the_family_is_counted() -> None:
-    count = sum(sum(p.numel() for p in problem.params.values()) + 1 for _, problem in PAIRS)
+    count = sum(sum(p.numel() for p in problem.params.values()) + 1 for _, problem in UNBIASED)
     assert 1000 < count < Z_SCORES
 
 

@@ -1,0 +1,94 @@
+"""Change one factor of a sample at a time, and see what that does to the cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from gradlab.distributions import factor, number_of_factors
+from gradlab.estimator import AfterLinear, Cost
+
+__all__: list[str] = []
+
+
+def values_of(q: Distribution) -> Tensor:
+    """Return the K values of one factor of q, ``[K, *F]``; F are the event dims of a factor."""
+    values = factor(q).enumerate_support(expand=False)
+    return values.reshape(values.shape[:1] + factor(q).event_shape)
+
+
+def probabilities(q: Distribution) -> Tensor:
+    """Return the probability of each value of each of the d factors, with its graph, ``[*B, d, K]``."""
+    p, values = factor(q), values_of(q)
+    table = p.log_prob(values.reshape(len(values), *(1 for _ in p.batch_shape), *p.event_shape)).exp()
+    return table.movedim(0, -1).reshape(*q.batch_shape, number_of_factors(q), len(values))
+
+
+def by_factor(q: Distribution, z: Tensor) -> Tensor:
+    """Return z ``[*L, *E]`` as ``[*L, d, *F]``."""
+    lead = z.shape[: z.ndim - len(q.event_shape)]
+    return z.reshape(*lead, number_of_factors(q), *factor(q).event_shape)
+
+
+def index_of(q: Distribution, z: Tensor) -> Tensor:
+    """Return which of the K values each factor of z has, ``[*L, d]``."""
+    parts = by_factor(q, z)
+    if factor(q).event_shape:
+        return parts.argmax(-1)  # one-hot
+    return (parts[..., None] == values_of(q)).to(torch.uint8).argmax(-1)
+
+
+def replace_each(q: Distribution, f: Cost, z: Tensor, values: Tensor, chunk_size: int | None = None) -> Tensor:
+    """Return the cost of z with each of its factors replaced by each of N values, ``[N, d, *L]``, without a graph.
+
+    Args:
+        q: says what a factor of z is.
+        f: the cost; an :class:`AfterLinear` has its first layer updated in place of computed.
+        z: ``[*L, *E]``.
+        values: ``[N, *L, d, *F]``.
+        chunk_size: replacements a call of f, to bound memory; by default one call does them all.
+    """
+    parts, d, dims = by_factor(q, z), number_of_factors(q), len(factor(q).event_shape)
+    values = values.movedim(values.ndim - 1 - dims, 1)  # [N, d, *L, *F]
+    with torch.no_grad():
+        cost = _updated(f, z, parts, dims) if isinstance(f, AfterLinear) else _replaced(f, z, parts, dims)
+        pairs = torch.arange(len(values) * d, device=z.device).split(chunk_size or max(len(values) * d, 1))
+        costs = torch.cat([cost(values.flatten(0, 1)[n], n % d) for n in pairs])
+    return costs.unflatten(0, (len(values), d))
+
+
+def _replaced(f: Cost, z: Tensor, parts: Tensor, dims: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return ``(new [C, *L, *F], factor [C]) -> cost [C, *L]``."""
+    d = parts.shape[-1 - dims]
+
+    def cost(new: Tensor, j: Tensor) -> Tensor:
+        chosen = j[:, None] == torch.arange(d, device=j.device)  # [C, d]
+        chosen = chosen.reshape(len(j), *(1 for _ in new.shape[1 : new.ndim - dims]), d, *(1 for _ in range(dims)))
+        points = torch.where(chosen, new.unsqueeze(new.ndim - dims), parts)
+        return f(points.reshape(len(j), *z.shape))
+
+    return cost
+
+
+def _updated(f: AfterLinear, z: Tensor, parts: Tensor, dims: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """The same, by a rank-one update of the first layer a replacement."""
+    before = f.before(z)  # [*L, H]
+    d = parts.shape[-1 - dims]
+    weight = f.linear.weight.reshape(len(f.linear.weight), d, -1).movedim(0, -1)  # [d, F, H]
+
+    def cost(new: Tensor, j: Tensor) -> Tensor:
+        old = parts.movedim(parts.ndim - 1 - dims, 0)[j]  # [C, *L, *F]
+        step = (new - old).reshape(len(j), -1, weight.shape[1])  # [C, L, F]
+        return f.g(before + (step.to(weight) @ weight[j]).reshape(len(j), *before.shape))
+
+    return cost
+
+
+def check_chunk_size(chunk_size: int | None) -> int | None:
+    """Return it, if it is None or positive."""
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size: found {chunk_size}, expected None or a positive int.")
+    return chunk_size
