@@ -245,7 +245,7 @@ _LIST = [
     Problem(
         "geometric_exp",
         "exp(-t z), z ~ Geometric",
-        _params(probs=0.35),
+        _params(probs=0.6),
         lambda p: td.Geometric(p["probs"]),
         lambda z, t: (-t * z).exp(),
         _t(0.4),

@@ -21,7 +21,7 @@ class Case:
 
 
 class Critic(torch.nn.Module):
-    """A smooth function of a sample of any shape, told where the event begins by a problem's q."""
+    """A smooth function of a sample of any shape, periodic so that it is smooth on a circle too."""
 
     def __init__(self, dims: int = 0) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Critic(torch.nn.Module):
         self.dims = dims
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        value = self.weight[0] * torch.tanh(x) + self.weight[1] * torch.cos(x)
+        value = self.weight[0] * torch.sin(x) + self.weight[1] * torch.cos(x)
         return value.flatten(value.ndim - self.dims).sum(-1) if self.dims else value
 
 

@@ -292,3 +292,28 @@ def test_blocks() -> None:
     assert variance([[0], [1], [2]]) == pytest.approx(single, abs=1e-10)
     assert variance([[0, 1], [2]]) < single
     assert variance([[0, 1, 2]]) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_missing_sum() -> None:
+    """The derivative of the logarithm of the characteristic function is a sum over all factors."""
+    omega = torch.tensor([0.5, 1.1, -0.7])
+
+    def log_phi(shift: Tensor, factors: list[int]) -> Tensor:
+        pi = (gl.problem("bernoulli_3").params["logits"] + shift).sigmoid()
+        return (1 - pi + pi * torch.exp(1j * omega))[factors].prod().log().real
+
+    whole, *parts = (torch.func.grad(log_phi)(torch.zeros(()), c) for c in ([0, 1, 2], [0], [1], [2]))
+    close(sum(parts), whole)
+    assert (parts[0] - whole).abs() > 0.01
+
+
+def test_additive_share() -> None:
+    """Interactions are half of the one cost and a fourteenth of the other."""
+    shares = []
+    for p in map(gl.problem, PROBLEMS):
+        z = gl.Enumerate().draw(p.q())
+        w, cost = p.q().log_prob(z).exp(), p.f(z)
+        columns = torch.cat([torch.ones(len(z), 1), z.flatten(1)], 1)
+        fit = torch.linalg.pinv(w.sqrt()[:, None] * columns) @ (w.sqrt() * cost)
+        shares.append(((w @ (cost - columns @ fit) ** 2) / (w @ (cost - w @ cost) ** 2)).item())
+    assert shares == pytest.approx([0.4735, 0.0705], abs=1e-3)

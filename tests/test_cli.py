@@ -14,7 +14,9 @@ def test_compare_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "variance x us" in out
     assert [line.split()[0] for line in out.splitlines()[2:]] == [
-        "score", "score-average", "score-loo", "muprop", "enumerate",
+        "score", "score-average", "score-loo", "muprop", "gumbel-softmax", "st-gumbel-softmax", "straight-through",
+        "gumbel-rao", "reinmax", "rebar", "double-cv", "arm", "disarm", "measure-valued", "local-expectation",
+        "sum-and-sample", "unordered-set", "enumerate",
     ]  # fmt: skip
 
 
@@ -65,7 +67,7 @@ def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "usage: gradlab" in out
     if len(argv) == 2:
-        assert all(name in out.replace("\n", " ") for name in ESTIMATORS)
+        assert all(name in "".join(out.split()) for name in ESTIMATORS)
 
 
 @pytest.mark.parametrize(

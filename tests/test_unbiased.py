@@ -17,7 +17,7 @@ from torch import Tensor
 import gradlab as gl
 
 FAMILY_ERROR = 1e-6
-Z_SCORES = 3000  # more than the suite computes; test_the_family_is_counted holds it to that
+Z_SCORES = 4000  # more than the suite computes; test_the_family_is_counted holds it to that
 THRESHOLD = math.sqrt(2) * torch.erfinv(torch.tensor(1 - FAMILY_ERROR / Z_SCORES, dtype=torch.float64)).item()
 POWER = 3.1  # sigmas more for a power of 99.9 %
 VISIBLE = 0.05  # of the norm of the gradient
@@ -26,7 +26,7 @@ PILOT, MOST = 20_000, 20_000_000
 # A gradient that nearly vanishes cannot be resolved to 5 %; there the scale is the typical single-sample gradient.
 VANISHING = {"bernoulli_toy_499", "normal_cos"}
 # cos(z) has a pathwise derivative -sin(z) e for Cauchy noise e: infinite variance, so a z-score says nothing.
-INFINITE_VARIANCE = {("cauchy_cos", name) for name in ("reparameterization", "inverse cdf", "implicit")} | {
+INFINITE_VARIANCE = {("cauchy_cos", name) for name in ("reparameterization", "inverse cdf", "implicit", "lax")} | {
     ("cauchy_cos", name) for name in ("g-rep", "g-rep, leave-one-out")
 }
 
