@@ -74,8 +74,8 @@ class LocalExpectation(Estimator):
 
     .. math:: \nabla E_q[f] = \sum_{j=1}^d E_{z_{-j}}\Big[\sum_{k=1}^K \nabla\pi_{jk}\,f(z_{-j}, k)\Big]
 
-    Exact for one factor, and for a cost that is a sum over factors; its variance never exceeds that of the score
-    function. f is evaluated without a graph, except at the samples.
+    Exact for one factor, and for a cost that is a sum over factors. For a parameter of one factor, its variance never
+    exceeds that of the score function with as many samples. f is evaluated without a graph, except at the samples.
 
     Args:
         num_samples: S.
@@ -267,44 +267,47 @@ class UnorderedSet(Estimator):
     def estimate(self, q: Distribution, f: Cost, noise: Tensor, context: Tensor | None = None) -> Tensor:
         cost, log_p = f(noise), q.log_prob(noise)  # [S, *B]
         with torch.no_grad():
-            p = log_p.exp()
-            first, second = leave_one_out_ratios(p, (1 - p.sum(0)).clamp_min(0.0))
-            weight = p * first  # [S, *B]
-            b = (p * second * cost.detach()).sum(1)  # [S, *B]
+            rest = (1 - log_p.exp().sum(0)).clamp_min(0.0).log()
+            first, second = leave_one_out_ratios(log_p, rest)
+            weight = (log_p + first).exp()  # [S, *B]
+            b = ((log_p + second).exp() * cost.detach()).sum(1)  # [S, *B]
         return (weight * (magic_box(log_p) * (cost - b) + b)).sum(0)
 
 
-def leave_one_out_ratios(p: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Return :math:`R(A, s)` ``[S, *B]`` and :math:`R(A\setminus s, t)` ``[S, S, *B]``.
+def leave_one_out_ratios(log_p: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return :math:`\log R(A, s)` ``[S, *B]`` and :math:`\log R(A\setminus s, t)` ``[S, S, *B]``.
 
-    ``drawn[s][T]`` is the probability that the first draws *after those of s* make up the set T, by dynamic
-    programming over subsets; every term is positive.
+    Dynamic programming over the subsets of A, in log space, where every term is positive.
 
     Args:
-        p: probabilities of the S members of the set, ``[S, *B]``.
-        rest: the mass outside of the set, ``[*B]``.
+        log_p: log probabilities of the S members of the set A, ``[S, *B]``.
+        rest: log of the mass outside of A, ``[*B]``.
     """
-    size = len(p)
-    everything = 2**size - 1
-    left = [rest + sum(p[i] for i in range(size) if not t >> i & 1) for t in range(2**size)]  # mass outside of T
+    size = len(log_p)
+    full = 2**size - 1
+    outside = [torch.stack([rest, *(log_p[i] for i in _members(full & ~t))]).logsumexp(0) for t in range(full + 1)]
 
     def drawn(start: int) -> Tensor:
-        """The probability that the draws after ``start`` fill the set."""
-        chance = {start: torch.ones_like(rest)}
-        for t in range(start + 1, everything + 1):
+        """Log of the probability that the draws after those of the set ``start`` fill A, before any other value."""
+        chance = {start: torch.zeros_like(rest)}
+        for t in range(start + 1, full + 1):
             if t & start == start:
-                before = [(t & ~(1 << i), i) for i in range(size) if t & ~start & (1 << i)]
-                chance[t] = sum((chance[u] * p[i] / left[u] for u, i in before), torch.zeros_like(rest))
-        return chance[everything]
+                steps = [(t & ~(1 << i), i) for i in _members(t & ~start)]
+                chance[t] = torch.stack([chance[u] + log_p[i] - outside[u] for u, i in steps]).logsumexp(0)
+        return chance[full]
 
     one = [drawn(1 << s) for s in range(size)]
-    first = torch.stack(one) / drawn(0)
 
     def after(s: int, t: int) -> Tensor:
-        return torch.ones_like(rest) if s == t else drawn(1 << s | 1 << t) / one[s]
+        return torch.zeros_like(rest) if s == t else drawn(1 << s | 1 << t) - one[s]
 
     second = [torch.stack([after(s, t) for t in range(size)]) for s in range(size)]
-    return first, torch.stack(second)
+    return torch.stack(one) - drawn(0), torch.stack(second)
+
+
+def _members(subset: int) -> list[int]:
+    """Return the positions of the bits that are set."""
+    return [i for i in range(subset.bit_length()) if subset >> i & 1]
 
 
 def _pick(values: Tensor, index: Tensor, q: Distribution) -> Tensor:

@@ -57,7 +57,7 @@ def replace_each(q: Distribution, f: Cost, z: Tensor, values: Tensor, chunk_size
         cost = _updated(f, z, parts, dims) if isinstance(f, AfterLinear) else _replaced(f, z, parts, dims)
         pairs = torch.arange(len(values) * d, device=z.device).split(chunk_size or max(len(values) * d, 1))
         costs = torch.cat([cost(values.flatten(0, 1)[n], n % d) for n in pairs])
-    return costs.unflatten(0, (len(values), d))
+    return costs.reshape(len(values), d, *costs.shape[1:])
 
 
 def _replaced(f: Cost, z: Tensor, parts: Tensor, dims: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -196,7 +196,10 @@ def test_where_it_fails():
     assert agrees(lambda y: y, 0.5, 0.01, hard=True)
     assert not agrees(bumped, 0.5, 0.01, hard=True)
     assert agrees(bumped, 0.5, 0.01)
-    assert [agrees(quadratic, -2.0, tau) for tau in (1.0, 0.5, 0.1)] == [False, False, True]
+    assert [agrees(quadratic, -2.0, tau) for tau in (1.0, 0.5, 0.05)] == [False, False, True]
+    for tau in (0.05, 0.3):  # far to the left the sign is that of 1 - 2 t - tau
+        tail = moments(quadratic, -12.0, tau)[0].item() * math.exp(12)
+        assert tail == pytest.approx((0.1 - tau) * math.pi * tau / math.sin(math.pi * tau), abs=1e-3)
 
 
 def test_schedules():

@@ -491,7 +491,6 @@ COMPILED = [
     ("reinmax", "bernoulli_3"),
     ("rebar", "bernoulli_3"),
     ("relax", "onehot_5x3"),
-    ("double control variate", "bernoulli_3"),
     ("disarm", "onehot_5x3"),
     ("measure-valued", "normals_3"),
     ("local expectation", "onehot_5x3"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,9 +18,13 @@ from torch import Tensor
 
 import gradlab as gl
 from gradlab.baselines import weighted
+from gradlab.coupled import binary_logits
 from gradlab.distributions import support
+from gradlab.exact import Split
 from gradlab.generalized import Accepted, log_accepted
+from gradlab.gumbel import discrete
 from gradlab.quadrature import gauss_legendre
+from gradlab.rebar import Coupled
 
 TOLERANCE = 1e-10
 TORCH_BESSEL = 1e-7  # torch's von Mises log_prob is a polynomial of that accuracy
@@ -86,8 +91,20 @@ DISCRETE = {
     "control variate optimal": _control(coefficient="optimal", num_samples=3),
     "muprop": gl.MuProp(1),
     "muprop leave-one-out": gl.MuProp(2, gl.LeaveOneOut()),
+    "local expectation": gl.LocalExpectation(1),
+    "local expectation 2": gl.LocalExpectation(2, chunk_size=2),
+    "double control variate 2": gl.DoubleControlVariate(2, coefficient=0.7),
+    "double control variate 3": gl.DoubleControlVariate(3),
 }
-FINITE = ["bernoulli_toy", "bernoulli_toy_499", "bernoulli_3", "categorical_3", "onehot_10", "binomial_square"]
+FINITE = [
+    "bernoulli_toy",
+    "bernoulli_toy_499",
+    "bernoulli_3",
+    "categorical_3",
+    "onehot_3",
+    "onehot_10",
+    "binomial_square",
+]
 
 
 @pytest.mark.parametrize("name", FINITE)
@@ -95,7 +112,7 @@ FINITE = ["bernoulli_toy", "bernoulli_toy_499", "bernoulli_3", "categorical_3", 
 def test_discrete_mean_is_exact(key: str, name: str) -> None:
     estimator, problem = DISCRETE[key], gl.problem(name)
     if not estimator.supports(problem.q()):
-        assert key.startswith("muprop") and name == "categorical_3"  # an index has no mean
+        assert name == "categorical_3" or key.startswith("double")  # an index has no mean
         return
     noise, weights = joint_outcomes(problem, estimator.num_samples)
     check(estimator, problem, noise, weights)
@@ -161,6 +178,125 @@ def test_variance_of_muprop(name: str) -> None:
     torch.testing.assert_close(check(gl.MuProp(1), problem, noise, weights), expected)
 
 
+@pytest.mark.parametrize("name", ["bernoulli_toy", "bernoulli_3", "onehot_3", "onehot_10", "categorical_3"])
+def test_local_expectation_is_the_conditional_mean_of_the_score_function(name: str) -> None:
+    """Its variance, worked out from the definition: all values of one factor, given the others."""
+    problem = gl.problem(name)
+    noise, weights = joint_outcomes(problem, 1)
+    variance = check(gl.LocalExpectation(), problem, noise, weights)
+    if name != "bernoulli_3":
+        torch.testing.assert_close(variance, torch.zeros_like(variance), rtol=0, atol=1e-14)
+        return
+    p = problem.params["logits"].sigmoid()
+    flips = torch.stack([problem.f(noise[0].index_fill(1, torch.tensor([j]), v)) for v in (1.0, 0.0) for j in range(3)])
+    gain = (flips[:3] - flips[3:]).T * p * (1 - p)
+    torch.testing.assert_close(variance, weights @ gain**2 - (weights @ gain) ** 2)
+
+
+@pytest.mark.parametrize("name", ["bernoulli_3", "categorical_3", "onehot_3", "onehot_10"])
+@pytest.mark.parametrize("top", [1, 2, 100])
+def test_sum_and_sample_is_exact(top: int, name: str) -> None:
+    problem = gl.problem(name)
+    estimator = gl.SumAndSample(top, 1, 0.3)
+    values = support(problem.q())
+    p = problem.q().log_prob(values).exp()
+    heavy = p.topk(min(top, len(p))).indices
+    rest = p.index_fill(0, heavy, 0.0)
+    weights = rest / rest.sum() if top < len(p) else torch.full_like(p, 1 / len(p))
+    noise = Split(values[heavy][:, None].expand(-1, len(p), *values.shape[1:]), values[None])
+    variance = check(estimator, problem, noise, weights)
+    if top >= len(p) - 1:
+        torch.testing.assert_close(variance, torch.zeros_like(variance), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["bernoulli_3", "categorical_3", "onehot_3", "onehot_10"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_unordered_set_is_exact(size: int, name: str) -> None:
+    problem = gl.problem(name)
+    values = support(problem.q())
+    p = problem.q().log_prob(values).exp()
+    orders = torch.tensor(list(itertools.permutations(range(len(p)), size)))
+    before = torch.cat([torch.zeros(len(orders), 1), p[orders].cumsum(1)[:, :-1]], 1)
+    weights = (p[orders] / (1 - before)).prod(1)  # drawn one after the other, without replacement
+    variance = check(gl.UnorderedSet(size), problem, values[orders].transpose(0, 1), weights)
+    if size == len(p):
+        torch.testing.assert_close(variance, torch.zeros_like(variance), rtol=0, atol=1e-14)
+
+
+def cut_uniforms(problem: gl.Problem) -> tuple[Tensor, Tensor]:
+    """Return uniforms on the pieces between p and 1 - p, two Gauss-Legendre nodes each, and their weights."""
+    p = torch.sigmoid(binary_logits(problem.q())).reshape(-1)
+    axes, masses = [], []
+    for one in p.tolist():
+        edges = torch.tensor([0.0, min(one, 1 - one), max(one, 1 - one), 1.0])
+        middle, half = (edges[1:] + edges[:-1]) / 2, (edges[1:] - edges[:-1]) / 2
+        axes.append(torch.cat([middle - half / 3**0.5, middle + half / 3**0.5]))
+        masses.append(torch.cat([half, half]))
+    grid = [torch.cartesian_prod(*x).reshape(-1, len(p)) for x in (axes, masses)]
+    return grid[0].reshape(1, -1, *binary_logits(problem.q()).shape), grid[1].prod(1)
+
+
+@pytest.mark.parametrize("name", ["bernoulli_toy", "bernoulli_toy_499", "bernoulli_3", "onehot_3"])
+@pytest.mark.parametrize("estimator", [gl.ARM(), gl.DisARM()], ids=repr)
+def test_antithetic_pairs_are_exact(estimator: gl.Estimator, name: str) -> None:
+    problem = gl.problem(name)
+    if estimator.supports(problem.q()):
+        check(estimator, problem, *cut_uniforms(problem))
+    else:
+        assert name == "onehot_3"
+
+
+@pytest.mark.parametrize("name", ["bernoulli_toy", "bernoulli_3"])
+def test_disarm_is_arm_averaged(name: str) -> None:
+    problem = gl.problem(name)
+    noise, weights = cut_uniforms(problem)
+    arm, disarm = (check(e, problem, noise, weights) for e in (gl.ARM(), gl.DisARM()))
+    assert (disarm < arm).all()
+
+
+def test_variance_of_disarm_on_one_bernoulli() -> None:
+    """It is (f1 - f0) / 2 times sigma(|logit|) with the chance that the pair differs, and zero otherwise."""
+    problem = gl.problem("bernoulli_toy")
+    logit = problem.params["logits"]
+    gap = (problem.f(torch.ones(())) - problem.f(torch.zeros(()))) / 2 * torch.sigmoid(logit.abs())
+    differ = 2 * torch.sigmoid(-logit.abs())
+    expected = differ * gap**2 - (differ * gap) ** 2
+    variance = check(gl.DisARM(), problem, *cut_uniforms(problem))
+    torch.testing.assert_close(variance, expected.reshape(1))
+
+
+class Cosine(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * torch.cos(x) + 0.2 * torch.tanh(x)
+
+
+@pytest.mark.parametrize("name", ["bernoulli_toy", "bernoulli_toy_499"])
+@pytest.mark.parametrize(
+    "estimator",
+    [gl.REBAR(1, 0.4, 0.7), gl.REBAR(1, 1.5, -0.3), gl.RELAX(Cosine()), gl.RELAX(Cosine(), temperature=0.8)],
+    ids=["rebar", "rebar hot", "relax", "relax with the relaxed cost"],
+)
+def test_rebar_and_relax_are_exact(estimator: gl.Estimator, name: str) -> None:
+    """Two logistic noises, the first cut where the sample changes."""
+    problem = gl.problem(name)
+    x, m = logistic_nodes(-problem.params["logits"].item())
+    y, w = logistic_nodes(0.0)
+    grid, weights = torch.cartesian_prod(x, y), torch.cartesian_prod(m, w).prod(1)
+    noise, fresh = grid[:, 0][None], grid[:, 1][None]
+    hard = (problem.params["logits"] + noise > 0).to(noise)
+    check(estimator, problem, Coupled(hard, noise, fresh), weights)
+
+
+def logistic_nodes(cut: float) -> tuple[Tensor, Tensor]:
+    """Return nodes and weights for logistic noise on the line, with a cut."""
+    x, w = (torch.as_tensor(a) for a in gauss_legendre(40.0, 40, [cut]))
+    return x, w * torch.sigmoid(x) * torch.sigmoid(-x)
+
+
 # -------------------------------------------------------------------------- continuous noise, integrated
 
 
@@ -219,6 +355,15 @@ def test_g_rep_is_exact(transform: Callable[..., td.Transform] | None, name: str
     if transform is not None and name in ("mixture_cos", "beta_square"):
         transform = lambda q: td.identity_transform  # noqa: E731
     check(gl.GeneralizedReparameterization(transform), problem, *sample_nodes(problem))
+
+
+@pytest.mark.parametrize("name", ["normal_square", "laplace_cos", "logistic_square"])
+def test_lax_is_exact(name: str) -> None:
+    from gradlab.paths import _rule
+
+    problem = gl.problem(name)
+    z, weights = sample_nodes(problem)
+    check(gl.LAX(Cosine()), problem, _rule(problem.q()).invert(problem.q(), z), weights)
 
 
 @pytest.mark.parametrize("name", ["normal_square", "laplace_cos", "logistic_square", "uniform_square"])
@@ -333,6 +478,44 @@ def test_discrete_mutants_die(mutant: gl.Estimator) -> None:
     problem = gl.problem("bernoulli_3")
     with pytest.raises(AssertionError):
         check(mutant, problem, *joint_outcomes(problem, mutant.num_samples))
+
+
+class ForgottenReach(gl.REBAR):
+    """The conditional noise taken as a constant: the derivative through the logits is lost."""
+
+    def estimate(self, q, f, noise, context=None):
+        rule = discrete(q)
+        frozen = rule.given(q.logits.detach(), noise.hard, noise.fresh)
+        self_rule = replace(rule, given=lambda logits, hard, fresh: frozen)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("gradlab.rebar.discrete", lambda q: self_rule)
+            return super().estimate(q, f, noise, context)
+
+
+def test_rebar_with_a_frozen_twin_dies() -> None:
+    """v is not differentiated through the logits."""
+    with pytest.raises(AssertionError):
+        test_rebar_and_relax_are_exact(ForgottenReach(1, 0.4, 0.7), "bernoulli_toy")
+
+
+class ForgottenHalf(gl.DisARM):
+    def _weight(self, u, first, second, logits):
+        return 2 * super()._weight(u, first, second, logits)
+
+
+class SampledOthers(gl.LocalExpectation):
+    """The flips of one sample, weighed with the cost of another."""
+
+    def estimate(self, q, f, noise, context=None):
+        return super().estimate(q, f, noise.roll(1, -1), context)
+
+
+def test_discrete_world_mutants_die() -> None:
+    problem = gl.problem("bernoulli_3")
+    with pytest.raises(AssertionError):
+        check(ForgottenHalf(), problem, *cut_uniforms(problem))
+    with pytest.raises(AssertionError):
+        check(SampledOthers(), problem, *joint_outcomes(problem, 1))
 
 
 def test_continuous_mutants_die() -> None:

@@ -23,16 +23,39 @@ def _single() -> None:
         gl.ScoreFunction(2, gl.LeaveOneOut()),
         gl.MuProp(2),
         gl.ControlVariate(lambda z: z.sum(-1), lambda q: q.mean.sum(-1), "optimal", 4),
+        gl.GumbelSoftmax(2, 1e-6),
+        gl.GumbelSoftmax(2, 0.5, hard=True),
+        gl.StraightThrough(2),
+        gl.GumbelRao(2, 1e-6),
+        gl.ReinMax(2, 1e-6),
+        gl.REBAR(2, 0.01),
+        gl.RELAX(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)), 2),
+        gl.DoubleControlVariate(2),
+        gl.ARM(2),
+        gl.DisARM(2),
+        gl.LocalExpectation(2),
+        gl.MeasureValued(2),
+        gl.SumAndSample(2),
+        gl.UnorderedSet(3),
         gl.Enumerate(),
     ],
     ids=lambda e: type(e).__name__,
 )
-def test_logits(estimator: gl.Estimator, logit: float) -> None:
-    logits = torch.full((50, 3), logit, requires_grad=True)
-    loss = estimator(td.Independent(td.Bernoulli(logits=logits), 1), lambda z: (z.sum(-1) - 0.5) ** 2)
-    loss.sum().backward()
-    assert loss.isfinite().all()
-    assert logits.grad.isfinite().all()
+@pytest.mark.parametrize("law", ["bernoulli", "one-hot"])
+def test_logits(estimator: gl.Estimator, logit: float, law: str) -> None:
+    """The first logit is extreme, the others follow it half way, or all are."""
+    for scale in (1.0, 0.5):
+        logits = torch.full((50, 3), logit)
+        logits[:, 1:] *= scale if law == "bernoulli" else -scale
+        logits.requires_grad_()
+        q = td.OneHotCategorical(logits=logits) if law == "one-hot" else td.Independent(td.Bernoulli(logits=logits), 1)
+        if not estimator.supports(q):
+            continue
+        loss = estimator(q, lambda z: (z.sum(-1) - z[..., 0] - 0.5) ** 2)
+        loss.sum().backward()
+        assert loss.isfinite().all()
+        assert logits.grad.isfinite().all()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in estimator.parameters())
 
 
 @pytest.mark.parametrize("shape", [1e-3, 1e-2, 0.1, 1.0, 10.0, 1e4])

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.distributions as td
+from cases import Critic
 from torch import Tensor
 
 import gradlab as gl
@@ -20,6 +21,15 @@ DISCRETE = {
     "leave-one-out": lambda: gl.ScoreFunction(3, gl.LeaveOneOut()),
     "control": lambda: gl.ControlVariate(lambda z: z.sum(-1), lambda q: q.mean.sum(-1), 0.5),
     "muprop": lambda: gl.MuProp(2),
+    "rebar": lambda: gl.REBAR(1),
+    "relax": lambda: gl.RELAX(Critic(1)),
+    "double": lambda: gl.DoubleControlVariate(2),
+    "arm": lambda: gl.ARM(),
+    "disarm": lambda: gl.DisARM(),
+    "measure-valued": lambda: gl.MeasureValued(),
+    "local": lambda: gl.LocalExpectation(chunk_size=1),
+    "sum and sample": lambda: gl.SumAndSample(1),
+    "unordered set": lambda: gl.UnorderedSet(2),
     "enumerate": lambda: gl.Enumerate(),
 }
 CONTINUOUS = {
@@ -28,6 +38,8 @@ CONTINUOUS = {
     "reparameterization": lambda: gl.Reparameterization(1),
     "implicit": lambda: gl.ImplicitReparameterization(2),
     "g-rep": lambda: gl.GeneralizedReparameterization(),
+    "lax": lambda: gl.LAX(Critic(1)),
+    "measure-valued": lambda: gl.MeasureValued(),
 }
 
 
@@ -50,6 +62,7 @@ def two_layers(outer: gl.Estimator, inner: gl.Estimator, make_q, first: Tensor, 
 
 
 def check(outer: gl.Estimator, inner: gl.Estimator, make_q, exact: Tensor, count: int) -> None:
+    outer, inner = outer.to(exact.device), inner.to(exact.device)
     point = torch.tensor([0.4, -0.3, 0.2, 0.6])
     grads = gl.replicate(lambda p: two_layers(outer, inner, make_q, p[..., :2], p[..., 2:]), point, count)
     error = grads.std(0) / count**0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributions as td
-from cases import IDS, PAIRS, Case, on
+from cases import IDS, PAIRS, Case, Critic, on
 from torch import Tensor
 
 import gradlab as gl
@@ -27,6 +27,11 @@ def hessian(loss: Tensor, leaf: Tensor) -> Tensor:
         gl.MuProp(2, gl.LeaveOneOut()),
         gl.ControlVariate(lambda z: z.sum(-1), lambda q: q.mean.sum(-1), 0.7, 2),
         gl.ControlVariate(lambda z: z.sum(-1), lambda q: q.mean.sum(-1), "optimal", 4),
+        gl.REBAR(1, 0.6),
+        gl.RELAX(Critic(1)),
+        gl.DoubleControlVariate(2),
+        gl.SumAndSample(2),
+        gl.UnorderedSet(3),
         gl.Enumerate(),
     ],
     ids=lambda e: repr(e),
@@ -36,7 +41,7 @@ def test_discrete_hessians_are_unbiased(estimator: gl.Estimator, device: torch.d
     point = problem.params["logits"].clone().requires_grad_()
     exact = hessian(problem.value({"logits": point}, problem.t), point)
     many = point.detach().expand(60_000, 3).clone().requires_grad_()
-    samples = hessian(estimator(problem.make_q({"logits": many}), problem.f), many)
+    samples = hessian(estimator.to(device)(problem.make_q({"logits": many}), problem.f), many)
     error = samples.std(0) / len(samples) ** 0.5
     gap = (samples.mean(0) - exact).abs()
     assert ((gap < 6 * error) | (gap < 1e-12)).all()
@@ -119,3 +124,16 @@ def test_hand_written_derivatives_raise(case: Case, problem: gl.Problem, device:
     hand = next(i for i, k in enumerate(params) if k != explicit)
     with pytest.raises(RuntimeError, match=RAISES):
         torch.autograd.grad(grads[hand].sum(), leaves)
+
+
+@pytest.mark.parametrize(
+    "estimator", [gl.ARM(), gl.DisARM(), gl.LocalExpectation(), gl.MeasureValued()], ids=lambda e: type(e).__name__
+)
+def test_attached_derivatives_raise(estimator: gl.Estimator) -> None:
+    problem = gl.problem("bernoulli_3")
+    point = problem.params["logits"].clone().requires_grad_()
+    t = problem.t.clone().requires_grad_()
+    loss = estimator(problem.make_q({"logits": point}), problem.f_at(t))
+    (grad,) = torch.autograd.grad(loss, point, create_graph=True)
+    with pytest.raises(RuntimeError, match=RAISES):
+        torch.autograd.grad(grad.sum(), point)
