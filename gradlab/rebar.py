@@ -96,21 +96,22 @@ class _Relaxing(_ControlVariate):
 def _relaxed_cost(
     f: Cost, hard: Tensor, x: Tensor, twin: Tensor, rule: Discrete, own: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Return f(b), :math:`\eta f(\sigma_\tau(x))` and :math:`\eta f(\sigma_\tau(\tilde x))` from one call of f."""
-    tau, eta = own["log_temperature"].exp(), own["coefficient"]
+    r"""Return f(b), and :math:`c = \eta f(\sigma_\tau) + \beta` at x and at its twin, from one call of f."""
+    tau, eta, offset = own["log_temperature"].exp(), own["coefficient"], own["offset"]
     cost, at_x, at_twin = f(torch.cat([hard, rule.soften(x, tau), rule.soften(twin, tau)])).chunk(3)
-    return cost, eta * at_x, eta * at_twin
+    return cost, eta * at_x + offset, eta * at_twin + offset
 
 
 class REBAR(_Relaxing):
     r"""The score function, with the relaxed cost as control variate: unbiased at every temperature.
 
-    .. math:: \hat g = \big(f(b) - \eta f(\sigma_\tau(\tilde x))\big)\nabla\log q(b)
+    .. math:: \hat g = \big(f(b) - \eta f(\sigma_\tau(\tilde x)) - \beta\big)\nabla\log q(b)
               + \eta\nabla f(\sigma_\tau(x)) - \eta\nabla f(\sigma_\tau(\tilde x))
 
     with :math:`x = \theta + g`, :math:`b = H(x)` and :math:`\tilde x \sim p(x \mid b)`. The temperature
-    :math:`\tau` and the coefficient :math:`\eta` are parameters of the module: give them to the optimiser, and the
-    same ``backward()`` reduces the variance. ``requires_grad_(False)`` or ``eval()`` holds them fixed.
+    :math:`\tau`, the coefficient :math:`\eta` and the offset :math:`\beta` (a constant baseline, 0 at first) are
+    parameters of the module: give them to the optimiser, and the same ``backward()`` reduces the variance.
+    ``requires_grad_(False)`` or ``eval()`` holds them fixed.
 
     Args:
         num_samples: S; f is evaluated at 3 S points, two thirds of them relaxed.
@@ -142,7 +143,7 @@ class REBAR(_Relaxing):
 
     def __init__(self, num_samples: int = 1, temperature: float = 0.5, coefficient: float = 1.0) -> None:
         super().__init__(num_samples)
-        self.log_temperature, self.coefficient = _scalars(temperature, coefficient)
+        self.log_temperature, self.coefficient, self.offset = _scalars(temperature, coefficient)
 
     def evaluations(self, q: Distribution) -> int:
         return 3 * self.num_samples
@@ -165,7 +166,7 @@ class RELAX(_Relaxing):
             a context is given. It must be smooth.
         num_samples: S.
         temperature: by default f is evaluated at samples only. With a temperature, REBAR's relaxed cost, its
-            temperature and its coefficient learned, is added to the critic, and f is evaluated at 3 S points.
+            temperature, coefficient and offset learned, is added to the critic, and f is evaluated at 3 S points.
 
     Reference:
         `Backpropagation through the Void: Optimizing control variates for black-box gradient estimation
@@ -195,7 +196,7 @@ class RELAX(_Relaxing):
         self.critic = _checked_critic(critic)
         self.relaxes = temperature is not None
         if temperature is not None:
-            self.log_temperature, self.coefficient = _scalars(temperature, 1.0)
+            self.log_temperature, self.coefficient, self.offset = _scalars(temperature, 1.0)
 
     def evaluations(self, q: Distribution) -> int:
         return (3 if self.relaxes else 1) * self.num_samples
@@ -351,11 +352,11 @@ def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x.sum(dims) if dims else x
 
 
-def _scalars(temperature: float, coefficient: float) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return the two parameters of a relaxed control variate."""
+def _scalars(temperature: float, coefficient: float) -> list[nn.Parameter]:
+    """Return the three parameters of a relaxed control variate."""
     if not temperature > 0:
         raise ValueError(f"found temperature={temperature}, expected a positive number.")
-    return nn.Parameter(torch.tensor(math.log(temperature))), nn.Parameter(torch.tensor(float(coefficient)))
+    return [nn.Parameter(torch.tensor(x)) for x in (math.log(temperature), float(coefficient), 0.0)]
 
 
 def _checked_critic(critic: nn.Module) -> nn.Module:

@@ -171,7 +171,7 @@ def _check_annealing(start: float, rate: float, floor: float) -> None:
         )
 
 
-def _positive(temperature: float) -> float:
+def _positive(temperature: float | Tensor) -> float | Tensor:
     """Return the temperature (or delta, or beta); a temperature of 0 is the limit and not a value."""
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"relaxation: found a temperature (delta, beta) of {temperature}, expected a positive number.")
