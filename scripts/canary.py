@@ -31,6 +31,20 @@ CANARIES = [
     Canary("03", "baselines.py", "(cost.sum(0) - cost) / (len(cost) - 1)", "(cost.sum(0) + 0 * cost) / len(cost)"),
     Canary("04", "pathwise.py", "return f(noise).mean(0)", "return f(0.9 * noise + 0.1 * noise.detach()).mean(0)"),
     Canary("05", "paths.py", "special.log_gamma_grad(alpha, noise)", "0.98 * special.log_gamma_grad(alpha, noise)"),
+    Canary(
+        "07",
+        "relaxations.py",
+        "_positive(temperature) * torch.logsumexp(x / temperature, -1)",
+        "_positive(temperature) * torch.logsumexp(x, -1)",
+    ),
+    Canary("08", "gumbel.py", "math.lgamma(size) + (size - 1) * tau.log()", "math.lgamma(size) + size * tau.log()"),
+    Canary(
+        "09",
+        "samplers.py",
+        "middle = (hard + rule.soften(logits.detach(), temperature)) / 2",
+        "middle = 0.49 * hard + 0.51 * rule.soften(logits.detach(), temperature)",
+    ),
+    Canary("11", "exact.py", "- cost.detach()[..., None, None]", "- 0.9 * cost.detach()[..., None, None]"),
     Canary("06", "generalized.py", "q.log_prob(z) + log_det", "q.log_prob(z)"),
 ]
 
