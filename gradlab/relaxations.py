@@ -97,7 +97,7 @@ def huber(x: Tensor, delta: float = 1.0) -> Tensor:
     >>> huber(torch.tensor([0.5, 3.0]), delta=2.0).tolist()
     [0.125, 4.0]
     """
-    return F.huber_loss(x, torch.zeros_like(x), reduction="none", delta=_positive(delta))
+    return F.huber_loss(x, torch.zeros_like(x), reduction="none", delta=float(_positive(delta)))
 
 
 def smooth_l1(x: Tensor, beta: float = 1.0) -> Tensor:
@@ -108,7 +108,7 @@ def smooth_l1(x: Tensor, beta: float = 1.0) -> Tensor:
     >>> smooth_l1(torch.tensor([0.5, 3.0]), beta=2.0).tolist()
     [0.0625, 2.0]
     """
-    return F.smooth_l1_loss(x, torch.zeros_like(x), reduction="none", beta=_positive(beta))
+    return F.smooth_l1_loss(x, torch.zeros_like(x), reduction="none", beta=float(_positive(beta)))
 
 
 def stop_gradient(x: Tensor) -> Tensor:

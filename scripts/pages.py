@@ -71,12 +71,13 @@ def methods() -> str:
         "What each estimator of the package declares about itself, and what tests hold it to: the number of\n"
         "evaluations to a cost that counts, *unbiased* to the exact gradient, second derivatives to the exact Hessian\n"
         "or a clear error. S is `num_samples`, K the number of values of one discrete factor, d the number of\n"
-        "factors, P that of the parameters of one factor, M the values summed. *Exact samples*: f is evaluated on the support of q only.\n",
+        "factors, P that of the parameters of one factor, M the values summed. *Exact samples*: f is evaluated on the\n"
+        "support of q only.\n",
         _table(TRAITS),
         "\n## What each one serves\n",
         _table(DOMAIN),
         "\nThe second post ({cite:t}`backpropagating`) has such a table; the column *unbiased* is the one that it\n"
-        "lacks. Its question mark for REBAR is answered: f must be differentiable, and defined between the values of q.\n",
+        "lacks. Its question mark for REBAR is answered: f must be differentiable, also between the values of q.\n",
     ]
     return "\n".join(lines)
 
