@@ -227,7 +227,7 @@ def _measure(
         error=error.norm().item(),
         z=z,
         variance=total,
-        evaluations=estimator.evaluations(make_q(params)),
+        evaluations=estimator.evaluations(make_q(pytree.tree_map(lambda p: p.detach().requires_grad_(), params))),
         microseconds=microseconds,
         cost=total * microseconds,
     )

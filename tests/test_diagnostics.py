@@ -140,3 +140,10 @@ def test_compare_leaves_the_estimator_alone_and_warms_up_its_average() -> None:
     assert estimator.baseline.weight == 0
     plain = gl.compare({"score": gl.ScoreFunction(1)}, problem.make_q, problem.f, problem.params, replicates=4000)
     assert result["average"].variance < plain["score"].variance
+
+
+def test_evaluations_are_those_of_a_gradient() -> None:
+    """Measure-valued derivatives evaluate f for parameters that want a gradient only."""
+    problem = gl.problem("bernoulli_3")
+    table = gl.compare({"mvd": gl.MeasureValued()}, problem.make_q, problem.f, problem.params, replicates=10)
+    assert table["mvd"].evaluations == 7
