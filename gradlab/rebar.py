@@ -163,7 +163,8 @@ class RELAX(_Relaxing):
 
     Args:
         critic: a module, ``x [*L, *B, *E] -> [*L, *B]`` (or ``[*L, *B, 1]``); it is called ``critic(x, context)`` where
-            a context is given. It must be smooth.
+            a context is given. It must be smooth. Start its last layer at zero: the first step is then the score
+            function's, and nothing has to be unlearnt.
         num_samples: S.
         temperature: by default f is evaluated at samples only. With a temperature, REBAR's relaxed cost, its
             temperature, coefficient and offset learned, is added to the critic, and f is evaluated at 3 S points.
@@ -283,7 +284,7 @@ class DoubleControlVariate(_ControlVariate):
 
     Args:
         num_samples: S, at least 2.
-        coefficient: where a starts; 0 is leave-one-out.
+        coefficient: where a starts; 0 is leave-one-out, 1 subtracts the whole expansion.
 
     Reference:
         `Double Control Variates for Gradient Estimation in Discrete Latent Variable Models
@@ -291,7 +292,7 @@ class DoubleControlVariate(_ControlVariate):
 
     >>> logits = torch.tensor([0.3, -0.5], requires_grad=True)
     >>> q = torch.distributions.Independent(torch.distributions.Bernoulli(logits=logits), 1)
-    >>> DoubleControlVariate(2)(q, lambda z: (3 * z).sum(-1)).backward()  # no noise for a linear cost
+    >>> DoubleControlVariate(2, 1.0)(q, lambda z: (3 * z).sum(-1)).backward()  # no noise for a linear cost
     >>> torch.allclose(logits.grad, 3 * logits.sigmoid() * (1 - logits.sigmoid()))
     True
     """
@@ -307,7 +308,7 @@ class DoubleControlVariate(_ControlVariate):
         reference="Titsias and Shi (2022), https://arxiv.org/abs/2111.05300",
     )
 
-    def __init__(self, num_samples: int = 2, coefficient: float = 1.0) -> None:
+    def __init__(self, num_samples: int = 2, coefficient: float = 0.25) -> None:
         super().__init__(num_samples)
         if self.num_samples < 2:
             raise ValueError(f"DoubleControlVariate: found num_samples={num_samples}, expected at least 2.")

@@ -44,6 +44,12 @@ CANARIES = [
         "middle = (hard + rule.soften(logits.detach(), temperature)) / 2",
         "middle = 0.49 * hard + 0.51 * rule.soften(logits.detach(), temperature)",
     ),
+    Canary(
+        "10",
+        "rebar.py",
+        "logits + rule.given(logits, hard, noise.fresh)",
+        "logits + rule.given(logits.detach(), hard, noise.fresh)",
+    ),
     Canary("11", "exact.py", "- cost.detach()[..., None, None]", "- 0.9 * cost.detach()[..., None, None]"),
     Canary("06", "generalized.py", "q.log_prob(z) + log_det", "q.log_prob(z)"),
 ]

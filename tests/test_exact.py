@@ -291,6 +291,39 @@ def test_rebar_and_relax_are_exact(estimator: gl.Estimator, name: str) -> None:
     check(estimator, problem, Coupled(hard, noise, fresh), weights)
 
 
+@pytest.mark.parametrize("other", [(0.4, -1.2), (-2.0, 0.3), (1.5, 2.5)])
+@pytest.mark.parametrize("temperature", [0.5, 1.5])
+def test_rebar_of_two_bits_is_exact_given_the_other(temperature: float, other: tuple[float, float]) -> None:
+    r"""With the second bit's :math:`x_2, \tilde x_2` held fixed, the mean over the first one's noises is
+    :math:`\partial_1 E f(b_1, b_2) + \partial_1 E c(x_1, x_2) - \partial_1 E c(x_1, \tilde x_2)`.
+
+    The last two cancel in the mean, since :math:`x_2` and its twin have one law.
+    """
+    logits, eta = torch.tensor([0.3, -0.8]), 0.7
+
+    def f(z: Tensor) -> Tensor:
+        return (z[..., 0] - 0.45) ** 2 * torch.cos(2 * z[..., 1]) + z.prod(-1)
+
+    x, m = logistic_nodes(-logits[0].item())
+    y, w = logistic_nodes(0.0)
+    grid, weights = torch.cartesian_prod(x, y), torch.cartesian_prod(m, w).prod(1)
+    noise, fresh = (torch.stack([grid[:, i], torch.full_like(weights, other[i])], -1)[None] for i in (0, 1))
+    many = logits.expand(len(weights), 2).clone().requires_grad_()
+    q = td.Independent(td.Bernoulli(logits=many), 1)
+    hard = (many.detach() + noise > 0).to(noise)
+    loss = gl.REBAR(1, temperature, eta).eval().estimate(q, f, Coupled(hard, noise, fresh))
+    mean = weights @ torch.autograd.grad(loss.sum(), many)[0][:, 0]
+
+    twin = logits[1] + discrete(q).given(many.detach(), hard, fresh)[0, 0, 1]
+    bit, p = hard[0, 0, 1], torch.sigmoid(logits[0])
+    zero, one = (f(torch.stack([torch.tensor(b, dtype=bit.dtype, device=bit.device), bit])) for b in (0.0, 1.0))
+    ends = torch.stack([logits[1] + other[0], twin])
+    first = logits[0].clone().requires_grad_()
+    relaxed = torch.sigmoid(torch.stack(torch.broadcast_tensors((first + x)[:, None], ends), -1) / temperature)
+    (slope,) = torch.autograd.grad((m @ f(relaxed)) @ torch.tensor([1.0, -1.0]), first)
+    torch.testing.assert_close(mean, p * (1 - p) * (one - zero) + eta * slope, rtol=0, atol=1e-10)
+
+
 def logistic_nodes(cut: float) -> tuple[Tensor, Tensor]:
     """Return nodes and weights for logistic noise on the line, with a cut."""
     x, w = (torch.as_tensor(a) for a in gauss_legendre(40.0, 40, [cut]))
