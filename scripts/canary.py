@@ -51,6 +51,12 @@ CANARIES = [
         "logits + rule.given(logits.detach(), hard, noise.fresh)",
     ),
     Canary("11", "exact.py", "- cost.detach()[..., None, None]", "- 0.9 * cost.detach()[..., None, None]"),
+    Canary(
+        "15",
+        "coupled.py",
+        "return Weak(1 / (p.scale * math.sqrt(math.tau)), p.loc + step, p.loc - step)",
+        "return Weak(1 / (p.scale * math.sqrt(math.pi)), p.loc + step, p.loc - step)",
+    ),
     Canary("06", "generalized.py", "q.log_prob(z) + log_det", "q.log_prob(z)"),
 ]
 
