@@ -58,6 +58,12 @@ CANARIES = [
         "return Weak(1 / (p.scale * math.sqrt(math.pi)), p.loc + step, p.loc - step)",
     ),
     Canary("06", "generalized.py", "q.log_prob(z) + log_det", "q.log_prob(z)"),
+    Canary(
+        "20",
+        "exact.py",
+        "return attach(cost.mean(0), probabilities(q), table.mean(0))",
+        "return attach(cost.mean(0), probabilities(q), 0.9 * table.mean(0))",
+    ),
 ]
 
 
