@@ -1,5 +1,6 @@
 """Stochastic gradient estimators for PyTorch: swap one line, measure what it costs."""
 
+from gradlab import rules
 from gradlab.baselines import Baseline, Constant, Learned, LeaveOneOut, MovingAverage
 from gradlab.coupled import ARM, DisARM, MeasureValued
 from gradlab.diagnostics import Comparison, Row, compare, replicate
@@ -41,6 +42,7 @@ from gradlab.samplers import (
     straight_through,
 )
 from gradlab.score import ControlVariate, MuProp, ScoreFunction
+from gradlab.stochastic_backprop import StochasticBackprop
 from gradlab.surrogate import attach, descend, magic_box, zero
 
 __version__ = "0.1.0"
@@ -82,6 +84,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "ScoreFunction",
+    "StochasticBackprop",
     "StraightThrough",
     "SumAndSample",
     "Traits",
@@ -110,6 +113,7 @@ __all__ = [
     "reinmax",
     "replicate",
     "rsample",
+    "rules",
     "smooth_l1",
     "smooth_max",
     "soft_max_value",

@@ -214,6 +214,8 @@ def checked(f: Cost, q: Distribution) -> Cost:
 def _checked(f: Cost, q: Distribution, event_dims: int) -> Cost:
     def cost(z: Tensor) -> Tensor:
         value = f(z)
+        if not isinstance(z, Tensor):  # a Taylor series of points that were checked
+            return value
         check_shape(value, z, q, event_dims)
         value = value if value.is_floating_point() else value.to(next(tensors(q)).dtype)  # a count is a cost too
         if q._validate_args and not is_transformed(value) and not torch.compiler.is_compiling():

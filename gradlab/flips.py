@@ -10,6 +10,7 @@ from torch.distributions import Distribution
 
 from gradlab.distributions import factor, number_of_factors
 from gradlab.estimator import AfterLinear, Cost
+from gradlab.taylor import derivatives
 
 __all__: list[str] = []
 
@@ -51,40 +52,70 @@ def replace_each(q: Distribution, f: Cost, z: Tensor, values: Tensor, chunk_size
         values: ``[N, *L, d, *F]``.
         chunk_size: replacements a call of f, to bound memory; by default one call does them all.
     """
-    parts, d, dims = by_factor(q, z), number_of_factors(q), len(factor(q).event_shape)
-    values = values.movedim(values.ndim - 1 - dims, 1)  # [N, d, *L, *F]
     with torch.no_grad():
-        cost = _updated(f, z, parts, dims) if isinstance(f, AfterLinear) else _replaced(f, z, parts, dims)
-        pairs = torch.arange(len(values) * d, device=z.device).split(chunk_size or max(len(values) * d, 1))
-        costs = torch.cat([cost(values.flatten(0, 1)[n], n % d) for n in pairs])
-    return costs.reshape(len(values), d, *costs.shape[1:])
+        return move_each(q, f, z, values, torch.zeros_like(values), 0, chunk_size)[0]
 
 
-def _replaced(f: Cost, z: Tensor, parts: Tensor, dims: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return ``(new [C, *L, *F], factor [C]) -> cost [C, *L]``."""
+def move_each(
+    q: Distribution, f: Cost, z: Tensor, values: Tensor, directions: Tensor, order: int, chunk_size: int | None = None
+) -> list[Tensor]:
+    r"""Return :math:`\partial_t^n f` at t = 0 for n = 0, ..., order, where each factor in turn is value + t direction.
+
+    Args:
+        q, f, z, values, chunk_size: as in :func:`replace_each`.
+        directions: of the shape of the values.
+        order: the highest derivative.
+
+    Returns:
+        order + 1 tensors ``[N, d, *L]``, without a graph.
+    """
+    parts, d, dims = by_factor(q, z), number_of_factors(q), len(factor(q).event_shape)
+    size = len(values)
+    move = _updated(f, z, parts, dims) if isinstance(f, AfterLinear) else _replaced(f, z, parts, dims)
+    values, directions = (x.movedim(x.ndim - 1 - dims, 1).flatten(0, 1) for x in (values, directions))  # [N d, *L, *F]
+
+    def of(n: Tensor) -> list[Tensor]:
+        start, direction, tail = move(values[n], directions[n], n % d)
+        return [c.detach() for c in derivatives(tail, start, direction, order)]
+
+    pairs = torch.arange(size * d, device=z.device).split(chunk_size or max(size * d, 1))
+    costs = [torch.cat(c) for c in zip(*map(of, pairs), strict=True)]
+    return [c.reshape(size, d, *c.shape[1:]) for c in costs]
+
+
+Line = tuple[Tensor, Tensor, Cost]
+"""A start, a direction, and the function along the line that begins there."""
+
+
+def _replaced(f: Cost, z: Tensor, parts: Tensor, dims: int) -> Callable[[Tensor, Tensor, Tensor], Line]:
+    """Return ``(new [C, *L, *F], direction [C, *L, *F], factor [C]) -> the line of f``."""
     d = parts.shape[-1 - dims]
 
-    def cost(new: Tensor, j: Tensor) -> Tensor:
+    def line(new: Tensor, direction: Tensor, j: Tensor) -> Line:
         chosen = j[:, None] == torch.arange(d, device=j.device)  # [C, d]
         chosen = chosen.reshape(len(j), *(1 for _ in new.shape[1 : new.ndim - dims]), d, *(1 for _ in range(dims)))
         points = torch.where(chosen, new.unsqueeze(new.ndim - dims), parts)
-        return f(points.reshape(len(j), *z.shape))
+        moves = torch.where(chosen, direction.unsqueeze(new.ndim - dims), 0.0)
+        return points.reshape(len(j), *z.shape), moves.reshape(len(j), *z.shape), f
 
-    return cost
+    return line
 
 
-def _updated(f: AfterLinear, z: Tensor, parts: Tensor, dims: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The same, by a rank-one update of the first layer a replacement."""
+def _updated(f: AfterLinear, z: Tensor, parts: Tensor, dims: int) -> Callable[[Tensor, Tensor, Tensor], Line]:
+    """The same, by a rank-one update of the first layer a replacement: the line lies in its image."""
     before = f.before(z)  # [*L, H]
     d = parts.shape[-1 - dims]
     weight = f.linear.weight.reshape(len(f.linear.weight), d, -1).movedim(0, -1)  # [d, F, H]
 
-    def cost(new: Tensor, j: Tensor) -> Tensor:
-        old = parts.movedim(parts.ndim - 1 - dims, 0)[j]  # [C, *L, *F]
-        step = (new - old).reshape(len(j), -1, weight.shape[1])  # [C, L, F]
-        return f.g(before + (step.to(weight) @ weight[j]).reshape(len(j), *before.shape))
+    def image(x: Tensor, j: Tensor) -> Tensor:
+        x = x.reshape(len(j), -1, weight.shape[1])  # [C, L, F]
+        return (x.to(weight) @ weight[j]).reshape(len(j), *before.shape)
 
-    return cost
+    def line(new: Tensor, direction: Tensor, j: Tensor) -> Line:
+        old = parts.movedim(parts.ndim - 1 - dims, 0)[j]  # [C, *L, *F]
+        return before + image(new - old, j), image(direction, j), f.g
+
+    return line
 
 
 def check_chunk_size(chunk_size: int | None) -> int | None:

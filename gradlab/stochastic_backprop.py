@@ -1,0 +1,227 @@
+"""Stochastic backpropagation: gradient rules from the characteristic function of a distribution."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent
+
+from gradlab.distributions import factor, number_of_factors
+from gradlab.estimator import Cost, Estimator, Traits, value_and_slope
+from gradlab.flips import check_chunk_size, move_each, replace_each
+from gradlab.rules.registry import (
+    GAMMAS,
+    LATENTS,
+    REMAINDERS,
+    Rule,
+    Shift,
+    cumulants_of,
+    parameter,
+    rules_of,
+    uncovered,
+    wanted,
+)
+from gradlab.samplers import sample
+from gradlab.surrogate import attach
+from gradlab.taylor import Kinks
+
+__all__ = ["StochasticBackprop"]
+
+
+class Jumps(NamedTuple):
+    """Samples, what was hidden behind them, and for each parameter and order the jumps of its rule."""
+
+    z: Tensor  # [S, *B, *E]
+    latents: tuple[Tensor, ...]
+    jumps: dict[tuple[str, int], tuple[Tensor, ...]]
+
+
+class StochasticBackprop(Estimator):
+    r"""Generalized stochastic backpropagation: rules from :math:`\varphi_\theta(\omega) = E[e^{i\omega z}]`.
+
+    .. math:: \nabla_\theta E_q[f] = \int \hat f(\omega)\,\nabla_\theta\varphi_\theta(\omega)\,d\omega
+
+    ``form="series"`` expands :math:`\nabla\log\varphi` in powers of :math:`i\omega`, which gives derivatives of f at the
+    sample, :math:`\sum_n \nabla\kappa_n\,E f^{(n)} / n!` with the cumulants :math:`\kappa_n`, cut at ``order``: biased,
+    and divergent for most costs. ``form="exact"`` sums the series first, which gives differences and derivatives of f
+    at points that have jumped away from the sample. ``form="remainder"`` keeps the series up to ``order`` and adds its
+    exact stochastic remainder.
+
+    Args:
+        num_samples: S.
+        form: "exact", "series" or "remainder".
+        order: for the series, the highest derivative of f. For "exact", which rule: 0 uses differences of f only, n uses
+            derivatives up to n; by default each parameter has the rule of least variance, or one that is right at kinks
+            where f has kinks.
+        chunk_size: points a call of f, to bound memory; by default one call does them all.
+
+    Reference:
+        `Generalized Stochastic Backpropagation <https://arxiv.org/abs/2012.12354>`_, Echraibi, Flocon-Cholet,
+        Gosselin and Vaton, 2020.
+
+    >>> rate = torch.tensor(2.3, requires_grad=True)
+    >>> StochasticBackprop()(torch.distributions.Poisson(rate), lambda z: 3 * z).backward()
+    >>> rate.grad.item()
+    3.0
+    """
+
+    traits = Traits(
+        serves="distributions with a rule: most of torch's, and those of gradlab.distributions",
+        unbiased=True,
+        needs_gradient=False,
+        relaxes=False,
+        evaluations="S (1 + shifts)",
+        second_order=False,
+        transforms=True,
+        reference="Echraibi et al. (2020), https://arxiv.org/abs/2012.12354",
+    )
+
+    def __init__(
+        self,
+        num_samples: int = 1,
+        form: Literal["exact", "series", "remainder"] = "exact",
+        order: int | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__(num_samples)
+        if form not in ("exact", "series", "remainder"):
+            raise ValueError(f"form: found {form!r}, expected 'exact', 'series' or 'remainder'.")
+        if form != "exact" and (order is None or order < 1):
+            raise ValueError(
+                f"order: found {order} for form={form!r}, expected the highest derivative of f, at least 1."
+            )
+        if form == "exact" and order is not None and order < 0:
+            raise ValueError(f"order: found {order}, expected None, 0, 1 or 2.")
+        self.form, self.order = form, order
+        self.chunk_size = check_chunk_size(chunk_size)
+
+    @classmethod
+    def supports(cls, q: Distribution) -> bool:
+        p = factor(q)
+        names = list(rules_of(p))
+        return bool(names) and not uncovered(p, names)
+
+    def evaluations(self, q: Distribution) -> int:
+        """Return the number of points (of a series, of lines) at which f is evaluated for one problem."""
+        p, d = factor(q), number_of_factors(q)
+        if self.form == "series":
+            law = GAMMAS[type(p)](p)[0] if type(p) in GAMMAS else p
+            return self.num_samples * (1 + d * law.batch_shape.numel() // p.batch_shape.numel())
+        noise, points = self.draw(q), 0
+        with torch.no_grad():
+            for name, options in self._rules(p).items():
+                for shift in options[0].shifts(p, noise.z, *noise.latents, *noise.jumps[name, options[0].order]):
+                    inner = shift.weight.shape[noise.z.ndim - len(p.event_shape) :]
+                    points += 0 if _is_slope(shift) else d * inner.numel()
+        return self.num_samples * (1 + points)
+
+    def draw(self, q: Distribution) -> Jumps:
+        p, size = factor(q), torch.Size([self.num_samples])
+        with torch.no_grad():
+            if self.form == "series" and type(p) in GAMMAS:
+                return Jumps(sample(GAMMAS[type(p)](p)[0], size), (), {})
+            z, *latents = LATENTS[type(p)](p, size) if type(p) in LATENTS else (sample(q, size),)
+            if self.form == "series":
+                return Jumps(z, (), {})
+            jumps = {(name, rule.order): rule.draw(p, z) for name, rules in self._rules(p).items() for rule in rules}
+        return Jumps(z, tuple(latents), jumps)
+
+    def _rules(self, p: Distribution) -> dict[str, list[Rule]]:
+        """Return for each parameter that wants a gradient its rule, and the one for costs with kinks."""
+        if self.form == "remainder":
+            assert self.order is not None
+            known = {name: make for (cls, name), make in REMAINDERS.items() if cls is type(p)}
+            return {name: [known[name](self.order)] for name in wanted(p, list(known))}
+        rules = rules_of(p)
+        return {name: _choose(rules[name], self.order) for name in wanted(p, list(rules))}
+
+    def estimate(self, q: Distribution, f: Cost, noise: Jumps, context: Tensor | None = None) -> Tensor:
+        if self.form == "series":
+            return self._series(q, f, noise.z)
+        p, z = factor(q), noise.z
+        rules = self._rules(p)
+        with Kinks() as kinks:
+            cost, slope = _cost(f, z, any(r.order for options in rules.values() for r in options))
+        loss = cost.mean(0)
+        with torch.no_grad():
+            chosen = {name: options[-1 if kinks.found else 0] for name, options in rules.items()}
+            shifts = {
+                name: list(rule.shifts(p, z, *noise.latents, *noise.jumps[name, rule.order]))
+                for name, rule in chosen.items()
+            }
+            gains = self._gains(q, f, z, cost, slope, [s for some in shifts.values() for s in some])
+        for name, some in shifts.items():
+            gradient = sum(shift.weight * next(gains) for shift in some)
+            loss = attach(loss, parameter(p, name), gradient.mean(0))
+        return loss
+
+    def _gains(self, q, f, z, cost, slope, shifts):
+        """Yield what each weight multiplies."""
+        for shift in shifts:
+            yield self._gain(q, f, z, cost, slope, shift)
+
+    def _gain(self, q: Distribution, f: Cost, z: Tensor, cost: Tensor, slope: Tensor | None, shift: Shift) -> Tensor:
+        p = factor(q)
+        lead, dims = z.ndim - len(p.event_shape), len(p.event_shape)
+        inner = shift.weight.shape[lead:]  # *P
+        if _is_slope(shift):
+            return slope
+        point = z.reshape(*z.shape[:lead], *(1 for _ in inner), *z.shape[lead:]) if shift.point is None else shift.point
+        shape = (*z.shape[:lead], math.prod(inner), *p.event_shape)
+        full = (*z.shape[:lead], *inner, *p.event_shape)
+        values = self._by_factor(q, point.expand(full).reshape(shape))
+        if shift.order == 0:
+            new = replace_each(q, f, z, values, self.chunk_size) - cost.detach()
+        else:
+            direction = torch.ones_like(values)
+            if shift.direction is not None:
+                direction = self._by_factor(q, shift.direction.expand(full).reshape(shape))
+            new = move_each(q, f, z, values, direction, shift.order, self.chunk_size)[-1]
+        return new.movedim((1, 0), (-2, -1)).reshape(shift.weight.shape)  # [N, d, S, *B] -> [S, *B, d, N]
+
+    @staticmethod
+    def _by_factor(q: Distribution, x: Tensor) -> Tensor:
+        """Return ``[S, *batch, N, *F]`` as ``[N, S, *B, d, *F]``."""
+        dims = len(factor(q).event_shape)
+        x = x.movedim(-1 - dims, 0)
+        return x.reshape(*x.shape[:2], *q.batch_shape, number_of_factors(q), *factor(q).event_shape)
+
+    def _series(self, q: Distribution, f: Cost, z: Tensor) -> Tensor:
+        p, order = factor(q), self.order
+        assert order is not None
+        if type(p) in GAMMAS:
+            gammas, make = GAMMAS[type(p)](p)
+            law = Independent(gammas, len(gammas.batch_shape) - len(q.batch_shape))
+            return self._series(law, lambda zeta: f(make(zeta)), z)
+        values = self._by_factor(q, z[..., None])
+        terms = move_each(q, f, z, values, torch.ones_like(values), order, self.chunk_size)
+        loss = f(z).mean(0)
+        for n, kappa in enumerate(cumulants_of(p, order), 1):
+            if kappa.requires_grad:
+                derivative = terms[n].movedim((1, 0), (-2, -1)).reshape(z.shape).mean(0)
+                loss = attach(loss, kappa, derivative / math.factorial(n))
+        return loss
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, form={self.form!r}, order={self.order}, chunk_size={self.chunk_size}"
+
+
+def _cost(f: Cost, z: Tensor, wants_slope: bool) -> tuple[Tensor, Tensor | None]:
+    return value_and_slope(f, z) if wants_slope else (f(z), None)
+
+
+def _is_slope(shift: Shift) -> bool:
+    """Whether one gradient of f at the sample serves the shift, for all coordinates."""
+    return shift.point is None and shift.order == 1 and shift.direction is None
+
+
+def _choose(rules: dict[int, Rule], order: int | None) -> list[Rule]:
+    """Return the rule of the order, or the default and the best one of lower order, for costs with kinks."""
+    if order is not None:
+        return [rules[max((n for n in rules if n <= order), default=min(rules))]]
+    default = next(iter(rules.values()))
+    smooth_enough = [r for r in rules.values() if r.order < 2]
+    return [default] if default.order < 2 or not smooth_enough else [default, smooth_enough[0]]
