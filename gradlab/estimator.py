@@ -212,7 +212,7 @@ def checked(f: Cost, q: Distribution) -> Cost:
 
 
 def _checked(f: Cost, q: Distribution, event_dims: int) -> Cost:
-    def cost(z: Tensor) -> Tensor:
+    def cost(z: Any) -> Any:
         value = f(z)
         if not isinstance(z, Tensor):  # a Taylor series of points that were checked
             return value

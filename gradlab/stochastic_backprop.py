@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import torch
@@ -44,18 +46,18 @@ class StochasticBackprop(Estimator):
 
     .. math:: \nabla_\theta E_q[f] = \int \hat f(\omega)\,\nabla_\theta\varphi_\theta(\omega)\,d\omega
 
-    ``form="series"`` expands :math:`\nabla\log\varphi` in powers of :math:`i\omega`, which gives derivatives of f at the
-    sample, :math:`\sum_n \nabla\kappa_n\,E f^{(n)} / n!` with the cumulants :math:`\kappa_n`, cut at ``order``: biased,
-    and divergent for most costs. ``form="exact"`` sums the series first, which gives differences and derivatives of f
-    at points that have jumped away from the sample. ``form="remainder"`` keeps the series up to ``order`` and adds its
-    exact stochastic remainder.
+    ``form="series"`` expands :math:`\nabla\log\varphi` in powers of :math:`i\omega`, which gives derivatives of f at
+    the sample, :math:`\sum_n \nabla\kappa_n\,E f^{(n)} / n!` with the cumulants :math:`\kappa_n`, cut at ``order``: it
+    is biased, and diverges for most costs. ``form="exact"`` sums the series first, which gives differences and derivatives
+    of f at points that have jumped away from the sample. ``form="remainder"`` keeps the series up to ``order`` and adds
+    its exact stochastic remainder.
 
     Args:
         num_samples: S.
         form: "exact", "series" or "remainder".
-        order: for the series, the highest derivative of f. For "exact", which rule: 0 uses differences of f only, n uses
-            derivatives up to n; by default each parameter has the rule of least variance, or one that is right at kinks
-            where f has kinks.
+        order: for the series and the remainder, the highest derivative of f. For "exact", which rule: 0 uses
+            differences of f only, n uses derivatives up to n; by default each parameter has the rule of least variance,
+            or, if f has kinks, one that is right there.
         chunk_size: points a call of f, to bound memory; by default one call does them all.
 
     Reference:
@@ -91,7 +93,7 @@ class StochasticBackprop(Estimator):
             raise ValueError(f"form: found {form!r}, expected 'exact', 'series' or 'remainder'.")
         if form != "exact" and (order is None or order < 1):
             raise ValueError(
-                f"order: found {order} for form={form!r}, expected the highest derivative of f, at least 1."
+                f"order: found {order} for form={form!r}, expected the highest derivative of f, 1 or more."
             )
         if form == "exact" and order is not None and order < 0:
             raise ValueError(f"order: found {order}, expected None, 0, 1 or 2.")
@@ -143,38 +145,40 @@ class StochasticBackprop(Estimator):
             return self._series(q, f, noise.z)
         p, z = factor(q), noise.z
         rules = self._rules(p)
-        with Kinks() as kinks:
-            cost, slope = _cost(f, z, any(r.order for options in rules.values() for r in options))
+        every = [rule for options in rules.values() for rule in options]
+        with Kinks() if any(rule.order > 1 for rule in every) else nullcontext(Kinks()) as kinks:
+            cost, slope = value_and_slope(f, z) if any(rule.order for rule in every) else (f(z), None)
         loss = cost.mean(0)
-        with torch.no_grad():
-            chosen = {name: options[-1 if kinks.found else 0] for name, options in rules.items()}
-            shifts = {
-                name: list(rule.shifts(p, z, *noise.latents, *noise.jumps[name, rule.order]))
-                for name, rule in chosen.items()
-            }
-            gains = self._gains(q, f, z, cost, slope, [s for some in shifts.values() for s in some])
-        for name, some in shifts.items():
-            gradient = sum(shift.weight * next(gains) for shift in some)
+        for name, options in rules.items():
+            rule = options[-1 if kinks.found else 0]
+            if kinks.found and rule.order > 1:
+                self._warn(kinks, name, rule.order)
+            with torch.no_grad():
+                shifts = rule.shifts(p, z, *noise.latents, *noise.jumps[name, rule.order])
+                gradient = sum(s.weight * self._gain(q, f, z, cost.detach(), slope, s) for s in shifts)
             loss = attach(loss, parameter(p, name), gradient.mean(0))
         return loss
 
-    def _gains(self, q, f, z, cost, slope, shifts):
-        """Yield what each weight multiplies."""
-        for shift in shifts:
-            yield self._gain(q, f, z, cost, slope, shift)
+    def _warn(self, kinks: Kinks, name: str, order: int) -> None:
+        warnings.warn(
+            f"StochasticBackprop: found {kinks.found} in f, and a rule for {name} that uses its derivative of order "
+            f"{order}, which misses the kink: the gradient is biased. Expected a smooth f; use form='exact' with "
+            "order=1 or 0, which is right for kinks.",
+            stacklevel=4,
+        )
 
     def _gain(self, q: Distribution, f: Cost, z: Tensor, cost: Tensor, slope: Tensor | None, shift: Shift) -> Tensor:
         p = factor(q)
-        lead, dims = z.ndim - len(p.event_shape), len(p.event_shape)
+        lead = z.ndim - len(p.event_shape)
         inner = shift.weight.shape[lead:]  # *P
-        if _is_slope(shift):
+        if slope is not None and _is_slope(shift):
             return slope
         point = z.reshape(*z.shape[:lead], *(1 for _ in inner), *z.shape[lead:]) if shift.point is None else shift.point
         shape = (*z.shape[:lead], math.prod(inner), *p.event_shape)
         full = (*z.shape[:lead], *inner, *p.event_shape)
         values = self._by_factor(q, point.expand(full).reshape(shape))
         if shift.order == 0:
-            new = replace_each(q, f, z, values, self.chunk_size) - cost.detach()
+            new = replace_each(q, f, z, values, self.chunk_size) - cost
         else:
             direction = torch.ones_like(values)
             if shift.direction is not None:
@@ -197,8 +201,11 @@ class StochasticBackprop(Estimator):
             law = Independent(gammas, len(gammas.batch_shape) - len(q.batch_shape))
             return self._series(law, lambda zeta: f(make(zeta)), z)
         values = self._by_factor(q, z[..., None])
+        with Kinks() as kinks:
+            loss = f(z).mean(0)
+        if kinks.found and order > 1:
+            self._warn(kinks, "the parameters", order)
         terms = move_each(q, f, z, values, torch.ones_like(values), order, self.chunk_size)
-        loss = f(z).mean(0)
         for n, kappa in enumerate(cumulants_of(p, order), 1):
             if kappa.requires_grad:
                 derivative = terms[n].movedim((1, 0), (-2, -1)).reshape(z.shape).mean(0)
@@ -207,10 +214,6 @@ class StochasticBackprop(Estimator):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, form={self.form!r}, order={self.order}, chunk_size={self.chunk_size}"
-
-
-def _cost(f: Cost, z: Tensor, wants_slope: bool) -> tuple[Tensor, Tensor | None]:
-    return value_and_slope(f, z) if wants_slope else (f(z), None)
 
 
 def _is_slope(shift: Shift) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -19,9 +20,7 @@ NESTED = 2
 """Up to this order, reverse mode is used."""
 
 
-def derivatives(
-    f: Callable[[Tensor], Any], z: Tensor, direction: Tensor, order: int, taylor: bool = False
-) -> list[Any]:
+def derivatives(f: Callable[[Any], Any], z: Tensor, direction: Tensor, order: int, taylor: bool = False) -> list[Any]:
     r"""Return :math:`\partial_t^n f(z + t\,v)` at t = 0 for n = 0, ..., order.
 
     Args:
@@ -45,22 +44,25 @@ def derivatives(
     return _nested(f, z, direction, order)
 
 
-def _nested(f: Callable[[Tensor], Any], z: Tensor, direction: Tensor, order: int) -> list[Tensor]:
+def _nested(f: Callable[[Any], Any], z: Tensor, direction: Tensor, order: int) -> list[Tensor]:
     """Derivatives by reverse mode, which serves every operation of torch. A point's cost must depend on it alone."""
     if order == 0:
         return [f(z)]
     if is_transformed(z):  # autograd cannot look inside torch.func
 
         def lower(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-            *rest, last = _nested(f, x, direction, order - 1)
-            return last, (*rest, last)
+            found = _nested(f, x, direction, order - 1)
+            return found[-1], tuple(found)
 
-        last, pullback, known = torch.func.vjp(lower, z, has_aux=True)
+        last, pullback, known = torch.func.vjp(lower, z, has_aux=True)  # type: ignore[misc]
         return [*known, _along(pullback(torch.ones_like(last))[0], direction, last)]
     with torch.enable_grad():
         x = z.detach().requires_grad_()
         found = [f(x)]
         for n in range(order):
+            if not found[-1].requires_grad:  # constant
+                found.append(torch.zeros_like(found[0]))
+                continue
             (slope,) = torch.autograd.grad(found[-1].sum(), x, create_graph=n < order - 1, materialize_grads=True)
             found.append(_along(slope, direction, found[0]))
     return [d.detach() for d in found]
@@ -154,6 +156,9 @@ class Taylor:
     def __pow__(self, p: Any) -> Taylor:
         return _power(self, p)
 
+    def __rpow__(self, base: Any) -> Taylor:
+        return _power(base, self)
+
     def __gt__(self, other: Any) -> Tensor:
         return self.terms[0] > _value(other)
 
@@ -183,10 +188,11 @@ class Kinks(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found = False
+        self.found = ""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.found |= getattr(func, "__name__", "") in KINKED
+        name = getattr(func, "__name__", "")
+        self.found = name if name in KINKED else self.found
         return func(*args, **(kwargs or {}))
 
 
@@ -201,6 +207,10 @@ def _constant(x: Any, like: Taylor) -> Taylor:
     return Taylor([x, *(torch.zeros_like(x) for _ in like.terms[1:])])
 
 
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)
+
+
 def _both(a: Any, b: Any) -> tuple[Taylor, Taylor]:
     like = a if isinstance(a, Taylor) else b
     return (a if isinstance(a, Taylor) else _constant(a, like)), (b if isinstance(b, Taylor) else _constant(b, like))
@@ -212,7 +222,7 @@ def _product(times: Callable[[Any, Any], Tensor], a: Any, b: Any) -> Taylor:
         return Taylor(times(c, b) for c in a)
     if not isinstance(a, Taylor):
         return Taylor(times(a, c) for c in b)
-    return Taylor(sum(times(a.terms[k], b.terms[n - k]) for k in range(n + 1)) for n in range(len(a.terms)))
+    return Taylor(_sum(times(a.terms[k], b.terms[n - k]) for k in range(n + 1)) for n in range(len(a.terms)))
 
 
 def _divide(a: Any, b: Any) -> Taylor:
@@ -237,7 +247,7 @@ def _power(x: Any, p: Any) -> Taylor:
     c = x.terms
     y = [c[0] ** p]
     for n in range(1, len(c)):
-        y.append(sum((k * p - (n - k)) * c[k] * y[n - k] for k in range(1, n + 1)) / (n * c[0]))
+        y.append(_sum((k * p - (n - k)) * c[k] * y[n - k] for k in range(1, n + 1)) / (n * c[0]))
     return Taylor(y)
 
 
@@ -245,7 +255,7 @@ def _integrate(x: Taylor, start: Tensor, slope: Callable[[list[Tensor]], Tensor]
     r"""Return y with :math:`y' = g\,x'`; ``slope(y)`` gives :math:`g_n`, from :math:`y_0, \dots, y_n`."""
     y, g = [start], [slope([start])]
     for n in range(1, len(x.terms)):
-        y.append(sum(k * x.terms[k] * g[n - k] for k in range(1, n + 1)) / n)
+        y.append(_sum(k * x.terms[k] * g[n - k] for k in range(1, n + 1)) / n)
         g.append(slope(y))
     return Taylor(y)
 
@@ -291,9 +301,8 @@ def _sin_cos(x: Taylor) -> tuple[Taylor, Taylor]:
     sin, cos = [x.terms[0].sin()], [x.terms[0].cos()]
     for n in range(1, len(x.terms)):
         pairs = [(k * x.terms[k] / n, n - k) for k in range(1, n + 1)]
-        sin.append(sum(a * cos[m] for a, m in pairs))
-        cos.append(-sum(a * sin[m] for a, m in pairs))
-        # both lists are extended together: each needs the other's lower terms only
+        sin.append(_sum(a * cos[m] for a, m in pairs))
+        cos.append(-_sum(a * sin[m] for a, m in pairs))
     return Taylor(sin), Taylor(cos)
 
 
@@ -367,44 +376,13 @@ def _broadcast(*parts: Any) -> list[Any]:
     return [p.expand(shape) for p in parts]
 
 
-LINEAR = [
-    "sum",
-    "mean",
-    "reshape",
-    "view",
-    "flatten",
-    "unflatten",
-    "squeeze",
-    "unsqueeze",
-    "expand",
-    "expand_as",
-    "movedim",
-    "transpose",
-    "permute",
-    "t",
-    "flip",
-    "roll",
-    "cumsum",
-    "diff",
-    "narrow",
-    "select",
-    "index_select",
-    "gather",
-    "chunk",
-    "contiguous",
-    "clone",
-    "to",
-    "double",
-    "float",
-    "real",
-    "imag",
-    "conj",
-]
+LINEAR = """sum mean reshape view flatten unflatten squeeze unsqueeze expand expand_as movedim transpose permute t flip
+roll cumsum diff narrow select index_select gather contiguous clone to double float real imag conj"""
 FACTS = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "names", "is_sparse"}
 PLAIN = {"size", "dim", "numel", "is_floating_point", "is_complex", "stride", "get_device"}
 
 RULES: dict[str, Callable[..., Any]] = {
-    **{name: _termwise(name) for name in LINEAR},
+    **{name: _termwise(name) for name in LINEAR.split()},
     "cat": _join("cat"),
     "stack": _join("stack"),
     "__getitem__": lambda x, i: x[i],

@@ -25,6 +25,7 @@ __all__ = [
     "Rule",
     "Shift",
     "from_log_cf",
+    "log_mgf",
     "register_cumulants",
     "register_log_cf",
     "register_remainder",
@@ -118,7 +119,7 @@ def register_rule(
 
     The decorated function is ``(p, z, *jumps) -> [Shift, ...]``.
 
-    >>> class Shifted(td.Poisson):
+    >>> class Shifted(torch.distributions.Poisson):
     ...     "1 + Poisson(rate)."
     ...     def sample(self, sample_shape=torch.Size()):
     ...         return super().sample(sample_shape) + 1
@@ -145,7 +146,7 @@ def register_remainder(cls: type[Distribution], parameter: str) -> Callable[[Cal
 
 
 def register_cumulants(cls: type[Distribution]) -> Callable[[Callable], Callable]:
-    r"""Register the decorated function, ``(p, order) -> [kappa_1, ..., kappa_order]``, for the series of a distribution.
+    r"""Register the decorated function, ``(p, order) -> [kappa_1, ..., kappa_order]``, for the series of a law.
 
     The coefficients of the series are :math:`a_n = \nabla_\theta\kappa_n / n!`, by autograd.
     """
@@ -187,6 +188,20 @@ def cumulants_of(p: Distribution, order: int) -> Sequence[Tensor]:
     return from_log_cf(LOG_CFS[type(p)])(p, order)
 
 
+def log_mgf(p: Distribution, s: Tensor) -> Tensor:
+    r"""Return :math:`\log E[e^{s z}] = \log\varphi(-is)`, with its graph, for a law with a log characteristic function.
+
+    For :math:`f(z) = e^{sz}` it sums the whole series: ``magic_box(log_mgf(q, s)) * torch.exp(s * z)`` has the value f,
+    and the gradient :math:`f\,\nabla\log\varphi(-is)`. It is finite for s inside the radius of convergence only.
+
+    >>> q = torch.distributions.Gamma(torch.tensor(2.0), torch.tensor(1.0))
+    >>> log_mgf(q, torch.tensor(-1.0)).exp()  # E exp(-z)
+    tensor(0.2500)
+    """
+    omega = -1j * s.to(torch.promote_types(s.dtype, torch.complex64))
+    return LOG_CFS[type(p)](p, omega).real
+
+
 def from_log_cf(log_cf: Callable[[Distribution, Tensor], Tensor]) -> Callable[[Distribution, int], list[Tensor]]:
     r"""Return the cumulants of a distribution, from its log characteristic function :math:`\log\varphi(\omega)`.
 
@@ -197,7 +212,8 @@ def from_log_cf(log_cf: Callable[[Distribution, Tensor], Tensor]) -> Callable[[D
             :class:`gradlab.taylor.Taylor` knows; omega is complex.
 
     >>> cumulants = from_log_cf(lambda p, w: -p.concentration * torch.log(1 - 1j * w / p.rate))
-    >>> [k.item() for k in cumulants(td.Gamma(torch.tensor(3.0), torch.tensor(1.0)), 4)]
+    >>> q = torch.distributions.Gamma(torch.tensor(3.0), torch.tensor(1.0))
+    >>> [k.item() for k in cumulants(q, 4)]
     [3.0, 3.0, 6.0, 18.0]
     """
 
