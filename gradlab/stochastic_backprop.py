@@ -15,8 +15,10 @@ from gradlab.distributions import factor, number_of_factors
 from gradlab.estimator import Cost, Estimator, Traits, value_and_slope
 from gradlab.flips import check_chunk_size, move_each, replace_each
 from gradlab.rules.registry import (
+    CUMULANTS,
     GAMMAS,
     LATENTS,
+    LOG_CFS,
     REMAINDERS,
     Rule,
     Shift,
@@ -48,9 +50,9 @@ class StochasticBackprop(Estimator):
 
     ``form="series"`` expands :math:`\nabla\log\varphi` in powers of :math:`i\omega`, which gives derivatives of f at
     the sample, :math:`\sum_n \nabla\kappa_n\,E f^{(n)} / n!` with the cumulants :math:`\kappa_n`, cut at ``order``: it
-    is biased, and diverges for most costs. ``form="exact"`` sums the series first, which gives differences and derivatives
-    of f at points that have jumped away from the sample. ``form="remainder"`` keeps the series up to ``order`` and adds
-    its exact stochastic remainder.
+    is biased, and diverges for most costs. ``form="exact"`` sums the series first, which gives differences and
+    derivatives of f at points that have jumped away from the sample. ``form="remainder"`` keeps the series up to
+    ``order`` and adds its exact stochastic remainder.
 
     Args:
         num_samples: S.
@@ -122,6 +124,7 @@ class StochasticBackprop(Estimator):
 
     def draw(self, q: Distribution) -> Jumps:
         p, size = factor(q), torch.Size([self.num_samples])
+        self._check_form(p)
         with torch.no_grad():
             if self.form == "series" and type(p) in GAMMAS:
                 return Jumps(sample(GAMMAS[type(p)](p)[0], size), (), {})
@@ -131,12 +134,24 @@ class StochasticBackprop(Estimator):
             jumps = {(name, rule.order): rule.draw(p, z) for name, rules in self._rules(p).items() for rule in rules}
         return Jumps(z, tuple(latents), jumps)
 
+    def _check_form(self, p: Distribution) -> None:
+        """Raise unless p has rules of the form."""
+        have: set[type[Distribution]] = {*GAMMAS, *CUMULANTS, *LOG_CFS}
+        if self.form == "remainder":
+            names = wanted(p, list(rules_of(p)))
+            have = {type(p)} if all((type(p), name) in REMAINDERS for name in names) else {cls for cls, _ in REMAINDERS}
+        if self.form != "exact" and type(p) not in have:
+            known = ", ".join(sorted(cls.__name__ for cls in have))
+            raise TypeError(
+                f"StochasticBackprop: found {type(p).__name__} with form={self.form!r}, expected one of {known}; or "
+                "form='exact'; or register its own, see gradlab.rules."
+            )
+
     def _rules(self, p: Distribution) -> dict[str, list[Rule]]:
         """Return for each parameter that wants a gradient its rule, and the one for costs with kinks."""
         if self.form == "remainder":
             assert self.order is not None
-            known = {name: make for (cls, name), make in REMAINDERS.items() if cls is type(p)}
-            return {name: [known[name](self.order)] for name in wanted(p, list(known))}
+            return {name: [REMAINDERS[type(p), name](self.order)] for name in wanted(p, list(rules_of(p)))}
         rules = rules_of(p)
         return {name: _choose(rules[name], self.order) for name in wanted(p, list(rules))}
 

@@ -77,7 +77,9 @@ def test_a_cost_without_z_has_no_derivatives() -> None:
 
 
 def test_an_unknown_operation_is_named() -> None:
-    with pytest.raises(TypeError, match="found lgamma in a cost.*expected operations with a Taylor rule.*form='exact'"):
+    with pytest.raises(
+        TypeError, match=r"found lgamma in a cost.*expected operations with a Taylor rule.*form='exact'"
+    ):
         derivatives(torch.lgamma, torch.ones(()), torch.ones(()), 3)
 
 
