@@ -1,6 +1,6 @@
 """Stochastic gradient estimators for PyTorch: swap one line, measure what it costs."""
 
-from gradlab import rules
+from gradlab import rules as rules
 from gradlab.baselines import Baseline, Constant, Learned, LeaveOneOut, MovingAverage
 from gradlab.coupled import ARM, DisARM, MeasureValued
 from gradlab.diagnostics import Comparison, Row, compare, replicate
@@ -113,7 +113,6 @@ __all__ = [
     "reinmax",
     "replicate",
     "rsample",
-    "rules",
     "smooth_l1",
     "smooth_max",
     "soft_max_value",

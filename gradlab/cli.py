@@ -21,6 +21,7 @@ from gradlab.problems import PROBLEMS, Problem
 from gradlab.rebar import REBAR, DoubleControlVariate
 from gradlab.relaxed import GumbelRao, GumbelSoftmax, ReinMax, StraightThrough
 from gradlab.score import MuProp, ScoreFunction
+from gradlab.stochastic_backprop import StochasticBackprop
 
 ESTIMATORS: dict[str, Callable[[int], Estimator]] = {
     "score": lambda s: ScoreFunction(s),
@@ -44,6 +45,7 @@ ESTIMATORS: dict[str, Callable[[int], Estimator]] = {
     "local-expectation": lambda s: LocalExpectation(s),
     "sum-and-sample": lambda s: SumAndSample(top=2, num_samples=s),
     "unordered-set": lambda s: UnorderedSet(min(max(s, 2), 10)),
+    "stochastic-backprop": lambda s: StochasticBackprop(s),
     "enumerate": lambda s: Enumerate(),
 }
 

@@ -269,5 +269,10 @@ def value_and_slope(f: Cost, z: Tensor, at: slice = slice(None)) -> tuple[Tensor
             return cost, pullback(chosen)[0][at].detach()
         z = z.detach().requires_grad_()
         cost = f(z)
+        if not cost.requires_grad:
+            raise ValueError(
+                "f(z): found a cost without derivative by z (a step, an argmax, a detach, or no z at all), expected a "
+                "differentiable f. Use an estimator whose `traits.needs_gradient` is False (for example ScoreFunction)."
+            )
         (grad,) = torch.autograd.grad(cost[at].sum(), z, retain_graph=True, materialize_grads=True)
     return cost, grad[at]

@@ -73,11 +73,11 @@ class StochasticBackprop(Estimator):
     """
 
     traits = Traits(
-        serves="distributions with a rule: most of torch's, and those of gradlab.distributions",
+        serves="distributions with a rule: most of torch's, and those of gradlab; for counts, f may be a black box",
         unbiased=True,
-        needs_gradient=False,
+        needs_gradient=True,
         relaxes=False,
-        evaluations="S (1 + shifts)",
+        evaluations="S (1 + d P) and more",
         second_order=False,
         transforms=True,
         reference="Echraibi et al. (2020), https://arxiv.org/abs/2012.12354",
@@ -131,7 +131,7 @@ class StochasticBackprop(Estimator):
             z, *latents = LATENTS[type(p)](p, size) if type(p) in LATENTS else (sample(q, size),)
             if self.form == "series":
                 return Jumps(z, (), {})
-            jumps = {(name, rule.order): rule.draw(p, z) for name, rules in self._rules(p).items() for rule in rules}
+            jumps = {(name, rule.order): _draw(rule, p, z) for name, rules in self._rules(p).items() for rule in rules}
         return Jumps(z, tuple(latents), jumps)
 
     def _check_form(self, p: Distribution) -> None:
@@ -229,6 +229,12 @@ class StochasticBackprop(Estimator):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, form={self.form!r}, order={self.order}, chunk_size={self.chunk_size}"
+
+
+def _draw(rule: Rule, p: Distribution, z: Tensor) -> tuple[Tensor, ...]:
+    """Return one sample of each jump for each sample of each factor, ``[S, *batch, ...]``."""
+    lead = z.shape[: z.ndim - len(p.event_shape)]
+    return tuple(sample(law.expand(lead)) for law in rule.jumps(p, z))
 
 
 def _is_slope(shift: Shift) -> bool:

@@ -28,8 +28,8 @@ SOURCES = {
     "4": ("The third post", "sobolev2017"),
 }
 PARTS = {6: "II", 11: "III", 15: "IV", 19: "V", 22: "VI"}
-MODULES = """estimator score baselines pathwise paths generalized relaxed rebar coupled exact quadrature samplers gumbel
-relaxations diagnostics problems distributions surrogate"""
+MODULES = """estimator score baselines pathwise paths generalized relaxed rebar coupled exact stochastic_backprop quadrature
+samplers gumbel relaxations diagnostics problems distributions surrogate"""
 
 
 def main() -> int:
@@ -201,7 +201,10 @@ def api() -> str:
             lines += [f"## `gradlab.{module}`\n", f"{summary}\n", "```{eval-rst}"]
             lines += [line for name in found for line in _entry(package, module, name)]
             lines += ["```\n"]
-    return "\n".join(lines)
+    rules = importlib.import_module("gradlab.rules")
+    lines += ["## `gradlab.rules`\n", f"{rules.__doc__}\n", "```{eval-rst}"]
+    lines += [line for name in rules.__all__ for line in _entry(rules, "rules.registry", name)]
+    return "\n".join([*lines, "```\n"])
 
 
 def _public(package, module: str) -> list[str]:
@@ -216,10 +219,14 @@ def _entry(package, module: str, name: str) -> list[str]:
     value = getattr(package, name)
     if isinstance(value, type):
         methods = [key for key, member in vars(value).items() if _is_documented(key, member)]
-        return [f".. autoclass:: gradlab.{name}"] + ([f"   :members: {', '.join(methods)}"] if methods else []) + [""]
+        return (
+            [f".. autoclass:: {package.__name__}.{name}"]
+            + ([f"   :members: {', '.join(methods)}"] if methods else [])
+            + [""]
+        )
     if hasattr(value, "__code__"):
-        return [f".. autofunction:: gradlab.{name}", ""]
-    return [f".. py:data:: gradlab.{name}", "", f"   {_data_docstring(module, name)}", ""]
+        return [f".. autofunction:: {package.__name__}.{name}", ""]
+    return [f".. py:data:: {package.__name__}.{name}", "", f"   {_data_docstring(module, name)}", ""]
 
 
 def _is_documented(name: str, member: object) -> bool:

@@ -80,6 +80,10 @@ CASES = [
     Case("local expectation", lambda p: gl.LocalExpectation(1, chunk_size=4)),
     Case("sum and sample", lambda p: gl.SumAndSample(2, 2, gl.LeaveOneOut())),
     Case("unordered set", lambda p: gl.UnorderedSet(2)),
+    Case(
+        "stochastic backprop", lambda p: gl.StochasticBackprop(2, order=1 if "relu" in p.name else None, chunk_size=3)
+    ),
+    Case("stochastic backprop, values", lambda p: gl.StochasticBackprop(1, order=0)),
     Case("enumerate", lambda p: gl.Enumerate()),
 ]
 

@@ -77,7 +77,6 @@ PUBLIC = [
     "reinmax",
     "replicate",
     "rsample",
-    "rules",
     "smooth_l1",
     "smooth_max",
     "soft_max_value",

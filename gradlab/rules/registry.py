@@ -68,11 +68,6 @@ class Rule(NamedTuple):
     jumps: Callable[[Distribution, Tensor], Sequence[Distribution]]
     order: int
 
-    def draw(self, p: Distribution, z: Tensor) -> tuple[Tensor, ...]:
-        """Return one sample of each jump for each sample of each factor, ``[S, *batch, ...]``."""
-        lead = z.shape[: z.ndim - len(p.event_shape)]
-        return tuple(law.expand(lead).sample() for law in self.jumps(p, z))
-
 
 Key = tuple[type[Distribution], str]
 
