@@ -28,8 +28,8 @@ SOURCES = {
     "4": ("The third post", "sobolev2017"),
 }
 PARTS = {6: "II", 11: "III", 15: "IV", 19: "V", 22: "VI"}
-MODULES = """estimator score baselines pathwise paths generalized relaxed rebar coupled exact stochastic_backprop quadrature
-samplers gumbel relaxations diagnostics problems distributions surrogate"""
+MODULES = """estimator score baselines pathwise paths generalized relaxed rebar coupled exact stochastic_backprop
+quadrature samplers gumbel relaxations diagnostics problems distributions surrogate"""
 
 
 def main() -> int:
