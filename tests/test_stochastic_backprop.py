@@ -246,6 +246,13 @@ def test_exponential_costs_sum_the_whole_series(law: str, s: float) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
 
 
+def test_log_mgf_is_infinite_where_the_expectation_is() -> None:
+    one = torch.ones(())
+    assert gl.rules.log_mgf(td.Laplace(0 * one, one), 2 * one) == math.inf
+    assert gl.rules.log_mgf(td.Gamma(2 * one, one), 3 * one) == math.inf
+    torch.testing.assert_close(gl.rules.log_mgf(td.Gamma(2 * one, one), -5 * one), torch.tensor(-2 * math.log(6)))
+
+
 # ----------------------------------------------------------------------------------------------------------- kinks
 
 

@@ -187,14 +187,16 @@ def log_mgf(p: Distribution, s: Tensor) -> Tensor:
     r"""Return :math:`\log E[e^{s z}] = \log\varphi(-is)`, with its graph, for a law with a log characteristic function.
 
     For :math:`f(z) = e^{sz}` it sums the whole series: ``magic_box(log_mgf(q, s)) * torch.exp(s * z)`` has the value f,
-    and the gradient :math:`f\,\nabla\log\varphi(-is)`. It is finite for s inside the radius of convergence only.
+    and the gradient :math:`f\,\nabla\log\varphi(-is)`. Infinite where the formula leaves the real axis, since the
+    expectation does not exist there.
 
     >>> q = torch.distributions.Gamma(torch.tensor(2.0), torch.tensor(1.0))
     >>> log_mgf(q, torch.tensor(-1.0)).exp()  # E exp(-z)
     tensor(0.2500)
     """
     omega = -1j * s.to(torch.promote_types(s.dtype, torch.complex64))
-    return LOG_CFS[type(p)](p, omega).real
+    value = LOG_CFS[type(p)](p, omega)
+    return torch.where(value.imag.abs() > 1, torch.inf, value.real)  # log of a negative number: i pi
 
 
 def from_log_cf(log_cf: Callable[[Distribution, Tensor], Tensor]) -> Callable[[Distribution, int], list[Tensor]]:
