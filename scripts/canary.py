@@ -52,6 +52,12 @@ CANARIES = [
     ),
     Canary("11", "exact.py", "- cost.detach()[..., None, None]", "- 0.9 * cost.detach()[..., None, None]"),
     Canary(
+        "12",
+        "stochastic_backprop.py",
+        "derivative / math.factorial(n))",
+        "derivative / math.factorial(n - 1))",
+    ),
+    Canary(
         "15",
         "coupled.py",
         "return Weak(1 / (p.scale * math.sqrt(math.tau)), p.loc + step, p.loc - step)",
