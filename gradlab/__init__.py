@@ -2,6 +2,16 @@
 
 from gradlab import rules as rules
 from gradlab.baselines import Baseline, Constant, Learned, LeaveOneOut, MovingAverage
+from gradlab.count_laws import (
+    BetaBinomial,
+    Cliques,
+    CompoundPoisson,
+    Delta,
+    DirichletMultinomial,
+    MeanNegativeBinomial,
+    Skellam,
+    ZeroInflatedPoisson,
+)
 from gradlab.coupled import ARM, DisARM, MeasureValued
 from gradlab.diagnostics import Comparison, Row, compare, replicate
 from gradlab.distributions import Logistic, TruncatedNormal
@@ -55,10 +65,15 @@ __all__ = [
     "RELAX",
     "AfterLinear",
     "Baseline",
+    "BetaBinomial",
+    "Cliques",
     "Comparison",
+    "CompoundPoisson",
     "Constant",
     "ControlVariate",
     "Cost",
+    "Delta",
+    "DirichletMultinomial",
     "DisARM",
     "DoubleControlVariate",
     "Enumerate",
@@ -71,6 +86,7 @@ __all__ = [
     "LeaveOneOut",
     "LocalExpectation",
     "Logistic",
+    "MeanNegativeBinomial",
     "MeasureValued",
     "MovingAverage",
     "MuProp",
@@ -84,12 +100,14 @@ __all__ = [
     "Sampler",
     "Schedule",
     "ScoreFunction",
+    "Skellam",
     "StochasticBackprop",
     "StraightThrough",
     "SumAndSample",
     "Traits",
     "TruncatedNormal",
     "UnorderedSet",
+    "ZeroInflatedPoisson",
     "attach",
     "compare",
     "concrete_log_prob",

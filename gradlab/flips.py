@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, OneHotCategorical
 
 from gradlab.distributions import factor, number_of_factors
 from gradlab.estimator import AfterLinear, Cost
@@ -36,10 +36,11 @@ def by_factor(q: Distribution, z: Tensor) -> Tensor:
 
 def index_of(q: Distribution, z: Tensor) -> Tensor:
     """Return which of the K values each factor of z has, ``[*L, d]``."""
-    parts = by_factor(q, z)
-    if factor(q).event_shape:
-        return parts.argmax(-1)  # one-hot
-    return (parts[..., None] == values_of(q)).to(torch.uint8).argmax(-1)
+    parts, dims = by_factor(q, z), len(factor(q).event_shape)
+    if isinstance(factor(q), OneHotCategorical):
+        return parts.argmax(-1)
+    same = parts.unsqueeze(parts.ndim - dims) == values_of(q)
+    return (same.flatten(-dims).all(-1) if dims else same).to(torch.uint8).argmax(-1)
 
 
 def replace_each(q: Distribution, f: Cost, z: Tensor, values: Tensor, chunk_size: int | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
@@ -131,7 +132,11 @@ class StochasticBackprop(Estimator):
             z, *latents = LATENTS[type(p)](p, size) if type(p) in LATENTS else (sample(q, size),)
             if self.form == "series":
                 return Jumps(z, (), {})
-            jumps = {(name, rule.order): _draw(rule, p, z) for name, rules in self._rules(p).items() for rule in rules}
+            jumps = {
+                (name, rule.order): _draw(rule, p, z, latents)
+                for name, rules in self._rules(p).items()
+                for rule in rules
+            }
         return Jumps(z, tuple(latents), jumps)
 
     def _check_form(self, p: Distribution) -> None:
@@ -187,7 +192,7 @@ class StochasticBackprop(Estimator):
         lead = z.ndim - len(p.event_shape)
         inner = shift.weight.shape[lead:]  # *P
         if slope is not None and _is_slope(shift):
-            return slope
+            return slope if shift.direction is None else _along(slope, z, shift.direction, z.ndim - lead)
         point = z.reshape(*z.shape[:lead], *(1 for _ in inner), *z.shape[lead:]) if shift.point is None else shift.point
         shape = (*z.shape[:lead], math.prod(inner), *p.event_shape)
         full = (*z.shape[:lead], *inner, *p.event_shape)
@@ -231,15 +236,25 @@ class StochasticBackprop(Estimator):
         return f"{super().extra_repr()}, form={self.form!r}, order={self.order}, chunk_size={self.chunk_size}"
 
 
-def _draw(rule: Rule, p: Distribution, z: Tensor) -> tuple[Tensor, ...]:
+def _draw(rule: Rule, p: Distribution, z: Tensor, latents: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return one sample of each jump for each sample of each factor, ``[S, *batch, ...]``."""
+    if rule.part is not None:
+        p, z = rule.part(p, z, *latents)
     lead = z.shape[: z.ndim - len(p.event_shape)]
     return tuple(sample(law.expand(lead)) for law in rule.jumps(p, z))
 
 
 def _is_slope(shift: Shift) -> bool:
-    """Whether one gradient of f at the sample serves the shift, for all coordinates."""
-    return shift.point is None and shift.order == 1 and shift.direction is None
+    """Whether one gradient of f at the sample serves the shift, for all coordinates and directions."""
+    return shift.point is None and shift.order == 1
+
+
+def _along(slope: Tensor, z: Tensor, direction: Tensor, dims: int) -> Tensor:
+    """Return the slope ``[S, *batch, *F]`` along directions ``[S, *batch, *P, *F]``, ``[S, *batch, *P]``."""
+    lead = z.ndim - dims
+    ones = (1 for _ in range(direction.ndim - z.ndim))
+    along = slope.reshape(*z.shape[:lead], *ones, *z.shape[lead:]) * direction
+    return along.sum(tuple(range(along.ndim - dims, along.ndim))) if dims else along
 
 
 def _choose(rules: dict[int, Rule], order: int | None) -> list[Rule]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 
 from gradlab.surrogate import wants_gradient
 from gradlab.taylor import derivatives
@@ -62,11 +62,14 @@ class Rule(NamedTuple):
         shifts: ``(p, z, *jumps) -> [Shift, ...]``.
         jumps: ``(p, z) -> laws``, the distributions of the jumps; they may depend on the sample.
         order: the highest derivative of f that is used.
+        part: ``(p, z, *latents) -> (p, z)``, the distribution and the sample that the jumps belong to where those are a
+            part of p; None if they are p and z.
     """
 
     shifts: Shifts
     jumps: Callable[[Distribution, Tensor], Sequence[Distribution]]
     order: int
+    part: Callable[..., tuple[Distribution, Tensor]] | None = None
 
 
 Key = tuple[type[Distribution], str]
@@ -88,6 +91,9 @@ GAMMAS: dict[type[Distribution], Callable[[Distribution], tuple[Distribution, Ca
 
 LATENTS: dict[type[Distribution], Callable[[Distribution, torch.Size], tuple[Tensor, ...]]] = {}
 """By distribution: a sampler of z together with hidden variables, which come before the jumps."""
+
+DERIVED: dict[type[Distribution], Callable[[Distribution], dict[str, dict[int, Rule]]]] = {}
+"""By distribution: its rules, where they depend on the distributions that it is made of."""
 
 ALIASES = {"probs": ("probs", "logits"), "covariance_matrix": ("covariance_matrix", "precision_matrix", "scale_tril")}
 """The parameters that the gradient of one of them serves, since torch computes it from them."""
@@ -176,6 +182,16 @@ def register_gammas(cls: type[Distribution]) -> Callable[[Callable], Callable]:
     return register
 
 
+def register_derived(cls: type[Distribution]) -> Callable[[Callable], Callable]:
+    """Register the decorated function, ``p -> {name: {order: Rule}}``, for a distribution made of others."""
+
+    def register(make: Callable) -> Callable:
+        DERIVED[cls] = make
+        return make
+
+    return register
+
+
 def cumulants_of(p: Distribution, order: int) -> Sequence[Tensor]:
     """Return the cumulants of p, with their graph."""
     if type(p) in CUMULANTS:
@@ -225,6 +241,8 @@ def from_log_cf(log_cf: Callable[[Distribution, Tensor], Tensor]) -> Callable[[D
 
 def rules_of(p: Distribution) -> dict[str, dict[int, Rule]]:
     """Return the exact rules for the parameters of p, by name and order."""
+    if type(p) in DERIVED:
+        return DERIVED[type(p)](p)
     return {name: rules for (cls, name), rules in RULES.items() if cls is type(p)}
 
 
@@ -241,5 +259,12 @@ def wanted(p: Distribution, names: Sequence[str]) -> list[str]:
 def uncovered(p: Distribution, names: Sequence[str]) -> list[str]:
     """Return the parameters of p that want a gradient, and that none of the names serves."""
     served = {alias for name in names for alias in ALIASES.get(name, (name,))}
-    given = [name for name in type(p).arg_constraints if isinstance(p.__dict__.get(name), Tensor)]
-    return [name for name in given if name not in served and wants_gradient(p.__dict__[name])]
+    given = [name for name in p.arg_constraints if isinstance(p.__dict__.get(name), Tensor)]
+    missing = [name for name in given if name not in served and wants_gradient(p.__dict__[name])]
+    if type(p) in DERIVED or isinstance(p, Independent):
+        for key, inner in vars(p).items():
+            if isinstance(inner, Distribution):
+                prefix = key.removeprefix("_") + "."
+                below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+                missing += [prefix + name for name in uncovered(inner, below)]
+    return missing
