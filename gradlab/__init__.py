@@ -17,6 +17,13 @@ from gradlab.diagnostics import Comparison, Row, compare, replicate
 from gradlab.distributions import Logistic, TruncatedNormal
 from gradlab.estimator import AfterLinear, Cost, Estimator, Sampler, Traits
 from gradlab.exact import Enumerate, LocalExpectation, SumAndSample, UnorderedSet
+from gradlab.families import (
+    AsymmetricLaplace,
+    InverseGaussian,
+    NormalInverseGaussian,
+    SymmetricStable,
+    VarianceGamma,
+)
 from gradlab.generalized import GeneralizedReparameterization, RejectionReparameterization, standardize
 from gradlab.gumbel import concrete_log_prob, conditional_gumbels, gumbel
 from gradlab.paths import Path, has_path, register_path
@@ -64,6 +71,7 @@ __all__ = [
     "REBAR",
     "RELAX",
     "AfterLinear",
+    "AsymmetricLaplace",
     "Baseline",
     "BetaBinomial",
     "Cliques",
@@ -82,6 +90,7 @@ __all__ = [
     "GumbelRao",
     "GumbelSoftmax",
     "ImplicitReparameterization",
+    "InverseGaussian",
     "Learned",
     "LeaveOneOut",
     "LocalExpectation",
@@ -90,6 +99,7 @@ __all__ = [
     "MeasureValued",
     "MovingAverage",
     "MuProp",
+    "NormalInverseGaussian",
     "Path",
     "Problem",
     "Quadrature",
@@ -104,9 +114,11 @@ __all__ = [
     "StochasticBackprop",
     "StraightThrough",
     "SumAndSample",
+    "SymmetricStable",
     "Traits",
     "TruncatedNormal",
     "UnorderedSet",
+    "VarianceGamma",
     "ZeroInflatedPoisson",
     "attach",
     "compare",

@@ -1,6 +1,6 @@
 """The rules of stochastic backpropagation, one per distribution and parameter."""
 
-from gradlab.rules import continuous, counts, finite, mixtures, multivariate
+from gradlab.rules import continuous, counts, finite, levy, mixtures, multivariate, paths
 from gradlab.rules.registry import (
     Rule,
     Shift,
@@ -23,4 +23,4 @@ __all__ = [
     "register_rule",
 ]
 
-del continuous, counts, finite, mixtures, multivariate
+del continuous, counts, finite, levy, mixtures, multivariate, paths

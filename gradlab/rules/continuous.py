@@ -18,6 +18,24 @@ from gradlab.rules.registry import (
     register_rule,
 )
 
+# ----------------------------------------------------------------------------------------------------------- jumps
+
+
+def unit(z: Tensor) -> td.Distribution:
+    """Uniform on (0, 1), one a sample."""
+    return td.Uniform(torch.zeros_like(z), torch.ones_like(z), validate_args=False)
+
+
+def exponential(z: Tensor) -> td.Distribution:
+    """Exponential(1), one a sample."""
+    return td.Exponential(torch.ones_like(z), validate_args=False)
+
+
+def positive(v: Tensor) -> Tensor:
+    """Return a jump that can be divided by."""
+    return v.clamp_min(torch.finfo(v.dtype).tiny)
+
+
 # ---------------------------------------------------------------------------------------------------------- normal
 
 
@@ -47,29 +65,33 @@ def _normal_cumulants(p, order):
 
 
 def _double(p, z):
-    return (td.Laplace(torch.zeros_like(p.scale), p.scale),)
+    return (td.Laplace(torch.zeros_like(z), torch.ones_like(z), validate_args=False),)
 
 
-def _scale_exponential(p, z):
-    return (td.Exponential(1 / p.scale),)
+def _one_exponential(p, z):
+    return (exponential(z),)
 
 
 @register_rule(td.Laplace, "scale", 2, _double)
 def _laplace_second(p, z, w):
-    r""":math:`\partial_{b^2} E f = E f''(z + W)`, W ~ Laplace(0, b)."""
-    return [Shift((2 * p.scale).expand_as(z), z + w, 2)]
+    r""":math:`\partial_{b^2} E f = E f''(z + W)`, W ~ Laplace(0, b).
+
+    Best where f is smooth at the scale b: the variances of the orders 2, 1 and 0 are 0, 16 and 79 at b = 1 for
+    f = (z - 0.49)², and 0.0004, 0.10 and 0.50 at b = 0.1 for cos 1.3z; but 5.6, 1.4 and 1.6 at b = 1.
+    """
+    return [Shift((2 * p.scale).expand_as(z), z + p.scale * w, 2)]
 
 
-@register_rule(td.Laplace, "scale", 1, _scale_exponential)
+@register_rule(td.Laplace, "scale", 1, _one_exponential)
 def _laplace_first(p, z, v):
     one = torch.ones_like(z)
-    return [Shift(one, z + v, 1), Shift(-one, z - v, 1)]
+    return [Shift(one, z + p.scale * v, 1), Shift(-one, z - p.scale * v, 1)]
 
 
-@register_rule(td.Laplace, "scale", 0, _scale_exponential)
+@register_rule(td.Laplace, "scale", 0, _one_exponential)
 def _laplace_difference(p, z, v):
     weight = (1 / p.scale).expand_as(z)
-    return [Shift(weight, z + v), Shift(weight, z - v)]
+    return [Shift(weight, z + p.scale * v), Shift(weight, z - p.scale * v)]
 
 
 @register_cumulants(td.Laplace)
@@ -91,7 +113,10 @@ def _laplace_remainder(order: int) -> Rule:
         def weight(n: int) -> Tensor:
             return (2 * p.scale ** (2 * n - 1)).expand_as(z)
 
-        return [*(Shift(weight(n), None, 2 * n) for n in range(1, terms)), Shift(weight(terms), z + w, 2 * terms)]
+        return [
+            *(Shift(weight(n), None, 2 * n) for n in range(1, terms)),
+            Shift(weight(terms), z + p.scale * w, 2 * terms),
+        ]
 
     return Rule(shifts, _double, 2 * terms)
 
@@ -105,49 +130,96 @@ def _loc_remainder(order: int) -> Rule:
 # ----------------------------------------------------------------------------------------------------------- gamma
 
 
-def _unit(z: Tensor) -> td.Distribution:
-    return td.Uniform(torch.zeros_like(z), torch.ones_like(z), validate_args=False)
+def _share(concentration: Tensor) -> Tensor:
+    """Return how often a jump is drawn that suits singularities at 0: below shape 2, where f = log z needs it."""
+    return 0.1 * (2 - concentration).clamp(0, 1)
 
 
-def _rate_exponential(p, z):
-    return (td.Exponential(p.rate),)
+def log_uniform(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return jumps v in (0, 1) of density 1 / ((z + v) log(1 + 1/z)), and that logarithm."""
+    length = torch.log1p(1 / positive(z))
+    return positive((z * torch.expm1(u * length)).clamp(max=1)), length
 
 
-def _safe(v: Tensor) -> Tensor:
-    """Return a jump that can be divided by."""
-    return v.clamp_min(torch.finfo(v.dtype).tiny)
+def frullani(z: Tensor, share: Tensor, pick: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return a jump and its weight, for :math:`\int_0^\infty (f(z+v) - f(z))\,v^{-1}e^{-v}\,dv`.
+
+    The jump is exponential, or with probability ``share`` log-uniform at the scale of z; the weight is that of the
+    mixture (the balance heuristic). With exponential jumps alone, f = log z has infinite variance if z is a gamma
+    variable of shape at most 1, since then :math:`E[1/z]` is infinite.
+    """
+    x, length = log_uniform(z, u)
+    jump = torch.where(pick > 0, x, positive(v))
+    other = torch.where(jump <= 1, jump.exp() / ((z + jump) * length), 0.0)
+    return jump, 1 / (jump * (1 - share + share * other))
 
 
-@register_rule(td.Gamma, "concentration", 1, lambda p, z: (_unit(z), td.Exponential(p.rate)))
+def frullani_jumps(share: Tensor, z: Tensor) -> tuple[td.Distribution, ...]:
+    """Return the laws of the last three arguments of :func:`frullani`."""
+    return td.Bernoulli(share.expand_as(z), validate_args=False), unit(z), exponential(z)
+
+
+@register_rule(td.Chi2, "concentration", 0, lambda p, z: frullani_jumps(_share(p.concentration), z))
+@register_rule(td.Gamma, "concentration", 0, lambda p, z: frullani_jumps(_share(p.concentration), z))
+def _gamma_shape_difference(p, z, pick, u, v):
+    r""":math:`E[(f(z + V) - f(z)) / (\beta V)]`, V ~ Exp(rate :math:`\beta`), with the jumps of :func:`frullani`.
+
+    It is the derivative form with U integrated out, so its variance is never larger: 5.0 against 5.7 at shape 1 for
+    f = (z - 0.49)², 0.0113 against 0.0129 for f = exp(-0.49 z). The share of log-uniform jumps makes that 5.4 and
+    0.0100, and 9 in place of an infinite variance for f = log z.
+    """
+    jump, weight = frullani(z * p.rate, _share(p.concentration), pick, u, v)
+    return [Shift(weight, z + jump / p.rate)]
+
+
+@register_rule(td.Chi2, "concentration", 1, lambda p, z: (unit(z), exponential(z)))
+@register_rule(td.Gamma, "concentration", 1, lambda p, z: (unit(z), exponential(z)))
 def _gamma_shape_first(p, z, u, v):
-    r""":math:`E f'(z + UV) / \beta`, V ~ Exp(rate :math:`\beta`), U uniform."""
-    return [Shift((1 / p.rate).expand_as(z), z + u * v, 1)]
+    r""":math:`E f'(z + UV) / \beta`, U uniform: infinite variance for f = log z at shapes up to 1."""
+    return [Shift((1 / p.rate).expand_as(z), z + u * v / p.rate, 1)]
 
 
-@register_rule(td.Gamma, "concentration", 0, _rate_exponential)
-def _gamma_shape_difference(p, z, v):
-    r""":math:`E[(f(z + V) - f(z)) / (\beta V)]`: infinite variance for f = log z at shapes below 1."""
-    return [Shift(1 / (p.rate * _safe(v)), z + v)]
+def _mixed_jumps(p, z):
+    return td.Bernoulli(_share(_shape(p)).expand_as(z), validate_args=False), exponential(z)
 
 
-@register_rule(td.Gamma, "rate", 1, _rate_exponential)
-def _gamma_rate_first(p, z, v):
-    return [Shift((-p.concentration / p.rate**2).expand_as(z), z + v, 1)]
+def _shape(p: td.Distribution) -> Tensor:
+    return p.concentration if isinstance(p, td.Gamma) else torch.ones_like(p.rate)
 
 
-@register_rule(td.Gamma, "rate", 0, _rate_exponential)
+@register_rule(td.Exponential, "rate", 1, _mixed_jumps)
+@register_rule(td.Gamma, "rate", 1, _mixed_jumps)
+def _gamma_rate_first(p, z, pick, v):
+    r""":math:`-(k/\beta^2)\,E f'(z + V)`; an exponential is a gamma of shape k = 1.
+
+    Its variance is 8.0 against 37 of the difference form, at shape 1 for f = (z - 0.49)². Below shape 2 a share of
+    points stays at z, as on the path :math:`dz/d\beta = -z/\beta`: else f = log z would have infinite variance at
+    shapes up to 1.
+    """
+    k = _shape(p)
+    share, point = _share(k), z + torch.where(pick > 0, 0.0, v) / p.rate
+    weight = -k / p.rate**2 / (1 - share + share * k / positive(p.rate * point))
+    return [Shift(weight, point, 1)]
+
+
+@register_rule(td.Exponential, "rate", 0, lambda p, z: (exponential(z),))
+@register_rule(td.Gamma, "rate", 0, lambda p, z: (exponential(z),))
 def _gamma_rate_difference(p, z, v):
-    return [Shift((-p.concentration / p.rate).expand_as(z), z + v)]
+    return [Shift((-_shape(p) / p.rate).expand_as(z), z + v / p.rate)]
 
 
+@register_cumulants(td.Exponential)
+@register_cumulants(td.Chi2)
 @register_cumulants(td.Gamma)
 def _gamma_cumulants(p, order):
-    return [math.factorial(n - 1) * p.concentration / p.rate**n for n in range(1, order + 1)]
+    return [math.factorial(n - 1) * _shape(p) / p.rate**n for n in range(1, order + 1)]
 
 
+@register_log_cf(td.Exponential)
+@register_log_cf(td.Chi2)
 @register_log_cf(td.Gamma)
 def _gamma_log_cf(p, omega):
-    return -p.concentration * torch.log(1 - 1j * omega / p.rate)
+    return -_shape(p) * torch.log(1 - 1j * omega / p.rate)
 
 
 @register_log_cf(td.Laplace)
@@ -160,32 +232,35 @@ def _normal_log_cf(p, omega):
     return 1j * p.loc * omega - (p.scale * omega) ** 2 / 2
 
 
+@register_remainder(td.Exponential, "rate")
 @register_remainder(td.Gamma, "rate")
 def _gamma_rate_remainder(order: int) -> Rule:
     r""":math:`-(k/\beta^2)\,[\sum_{n<N} \beta^{1-n} f^{(n)}(z) + \beta^{1-N} f^{(N)}(z + V)]`."""
 
     def shifts(p, z, v):
         def weight(n: int) -> Tensor:
-            return (-p.concentration / p.rate ** (n + 1)).expand_as(z)
+            return (-_shape(p) / p.rate ** (n + 1)).expand_as(z)
 
-        return [*(Shift(weight(n), None, n) for n in range(1, order)), Shift(weight(order), z + v, order)]
+        return [*(Shift(weight(n), None, n) for n in range(1, order)), Shift(weight(order), z + v / p.rate, order)]
 
-    return Rule(shifts, _rate_exponential, order)
+    return Rule(shifts, lambda p, z: (exponential(z),), order)
 
 
+@register_remainder(td.Chi2, "concentration")
 @register_remainder(td.Gamma, "concentration")
 def _gamma_shape_remainder(order: int) -> Rule:
     r""":math:`\sum_{n<N} \beta^{-n} f^{(n)}(z)/n + \beta^{-N} f^{(N)}(z + BG)/N`, B ~ Beta(1, N), G ~ Gamma(N)."""
 
     def jumps(p, z):
         size = torch.full_like(z, order)
-        return td.Beta(torch.ones_like(z), size), td.Gamma(size, p.rate.expand_as(z))
+        one = torch.ones_like(z)
+        return td.Beta(one, size, validate_args=False), td.Gamma(size, one, validate_args=False)
 
     def shifts(p, z, b, g):
         def weight(n: int) -> Tensor:
             return (1 / (n * p.rate**n)).expand_as(z)
 
-        return [*(Shift(weight(n), None, n) for n in range(1, order)), Shift(weight(order), z + b * g, order)]
+        return [*(Shift(weight(n), None, n) for n in range(1, order)), Shift(weight(order), z + b * g / p.rate, order)]
 
     return Rule(shifts, jumps, order)
 
@@ -193,36 +268,70 @@ def _gamma_shape_remainder(order: int) -> Rule:
 # ------------------------------------------------------------------------------------------------ beta, Dirichlet
 
 
+def _total(p: td.Distribution) -> Tensor:
+    return p.concentration1 + p.concentration0 if isinstance(p, td.Beta) else p.concentration.sum(-1)
+
+
 def _towards(p, z):
-    r"""Beta(1, s), s the sum of the concentrations."""
-    total = p.concentration1 + p.concentration0
-    return (td.Beta(torch.ones_like(total), total),)
+    r"""Return V ~ Beta(1, s), s the sum of the concentrations: one jump a sample."""
+    total = _total(p).expand(z.shape[: z.ndim - len(p.event_shape)])
+    return (td.Beta(torch.ones_like(total), total, validate_args=False),)
 
 
-@register_rule(td.Beta, "concentration1", 1, lambda p, z: (_unit(z), *_towards(p, z)))
+def _corner_jumps(concentration: Tensor, p: td.Distribution, z: Tensor) -> tuple[td.Distribution, ...]:
+    """Return the jumps of :func:`corner`, one a concentration."""
+    share, total = _share(concentration).expand_as(z), _total(p)
+    total = (total[..., None] if p.event_shape else total).expand_as(z)
+    v = td.Beta(torch.ones_like(total), total, validate_args=False)
+    bernoulli, u = td.Bernoulli(share, validate_args=False), unit(z)
+    if p.event_shape:
+        return tuple(td.Independent(law, 1, validate_args=False) for law in (bernoulli, u, v))
+    return bernoulli, u, v
+
+
+def corner(z: Tensor, total: Tensor, share: Tensor, pick: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return a jump and its weight, for :math:`\int_0^1 (f(z + v(1-z)) - f(z))\,v^{-1}(1-v)^{s-1}\,dv`.
+
+    As :func:`frullani`; the jump is Beta(1, s), or with probability ``share`` log-uniform.
+    """
+    rest = positive(1 - z)
+    x, length = log_uniform(z / rest, u)
+    jump = torch.where(pick > 0, x, positive(v)).clamp(max=1 - torch.finfo(z.dtype).eps / 2)
+    other = (1 - jump) ** (1 - total) / ((z / rest + jump) * length)
+    return jump, 1 / (jump * ((1 - share) * total + share * other))
+
+
+def _inside(z: Tensor) -> Tensor:
+    """Return z inside the open (0, 1) of its dtype."""
+    info = torch.finfo(z.dtype)
+    return z.clamp(info.tiny, 1 - info.eps / 2)
+
+
+@register_rule(td.Beta, "concentration1", 0, lambda p, z: _corner_jumps(p.concentration1, p, z))
+def _beta_one_difference(p, z, pick, u, v):
+    r""":math:`E[(f(z + V(1 - z)) - f(z)) / V] / s`, V ~ Beta(1, s), with the jumps of :func:`corner`.
+
+    The derivative form with U integrated out: its variance is never larger.
+    """
+    jump, weight = corner(z, _total(p), _share(p.concentration1), pick, u, v)
+    return [Shift(weight, _inside(z + jump * (1 - z)))]
+
+
+@register_rule(td.Beta, "concentration1", 1, lambda p, z: (unit(z), *_towards(p, z)))
 def _beta_one(p, z, u, v):
     r""":math:`E[(1 - z) f'(z + UV(1 - z))] / s`, V ~ Beta(1, s)."""
-    return [Shift((1 - z) / (p.concentration1 + p.concentration0), z + u * v * (1 - z), 1)]
+    return [Shift((1 - z) / _total(p), _inside(z + u * v * (1 - z)), 1)]
 
 
-@register_rule(td.Beta, "concentration1", 0, _towards)
-def _beta_one_difference(p, z, v):
-    return [Shift(1 / ((p.concentration1 + p.concentration0) * _safe(v)), z + v * (1 - z))]
+@register_rule(td.Beta, "concentration0", 0, lambda p, z: _corner_jumps(p.concentration0, p, z))
+def _beta_zero_difference(p, z, pick, u, v):
+    jump, weight = corner(1 - z, _total(p), _share(p.concentration0), pick, u, v)
+    return [Shift(weight, _inside(z - jump * z))]
 
 
-@register_rule(td.Beta, "concentration0", 1, lambda p, z: (_unit(z), *_towards(p, z)))
+@register_rule(td.Beta, "concentration0", 1, lambda p, z: (unit(z), *_towards(p, z)))
 def _beta_zero(p, z, u, v):
-    return [Shift(-z / (p.concentration1 + p.concentration0), z - u * v * z, 1)]
-
-
-@register_rule(td.Beta, "concentration0", 0, _towards)
-def _beta_zero_difference(p, z, v):
-    return [Shift(1 / ((p.concentration1 + p.concentration0) * _safe(v)), z - v * z)]
-
-
-def _towards_corner(p, z):
-    total = p.concentration.sum(-1)
-    return (td.Beta(torch.ones_like(total), total),)
+    return [Shift(-z / _total(p), _inside(z - u * v * z), 1)]
 
 
 def _corners(z: Tensor) -> Tensor:
@@ -230,18 +339,22 @@ def _corners(z: Tensor) -> Tensor:
     return torch.eye(z.shape[-1], dtype=z.dtype, device=z.device) - z[..., None, :]
 
 
-@register_rule(td.Dirichlet, "concentration", 1, lambda p, z: (_unit(z[..., 0]), *_towards_corner(p, z)))
+def _towards_corners(z: Tensor, jump: Tensor) -> Tensor:
+    return positive(z[..., None, :] + jump[..., None] * _corners(z))
+
+
+@register_rule(td.Dirichlet, "concentration", 0, lambda p, z: _corner_jumps(p.concentration, p, z))
+def _dirichlet_difference(p, z, pick, u, v):
+    r""":math:`E[(f(z + V(e_k - z)) - f(z)) / V] / s`, V ~ Beta(1, s), with the jumps of :func:`corner`."""
+    jump, weight = corner(z, _total(p)[..., None], _share(p.concentration), pick, u, v)
+    return [Shift(weight, _towards_corners(z, jump))]
+
+
+@register_rule(td.Dirichlet, "concentration", 1, lambda p, z: (unit(z[..., 0]), *_towards(p, z)))
 def _dirichlet(p, z, u, v):
     r""":math:`E[(e_k - z)^\top\nabla f(z + UV(e_k - z))] / s`, V ~ Beta(1, s)."""
-    ways = _corners(z)
-    weight = (1 / p.concentration.sum(-1, keepdim=True)).expand_as(z)
-    return [Shift(weight, z[..., None, :] + (u * v)[..., None, None] * ways, 1, ways)]
-
-
-@register_rule(td.Dirichlet, "concentration", 0, _towards_corner)
-def _dirichlet_difference(p, z, v):
-    weight = 1 / (p.concentration.sum(-1) * _safe(v))
-    return [Shift(weight[..., None].expand_as(z), z[..., None, :] + v[..., None, None] * _corners(z))]
+    weight = (1 / _total(p))[..., None].expand_as(z)
+    return [Shift(weight, _towards_corners(z, (u * v)[..., None].expand_as(z)), 1, _corners(z))]
 
 
 @register_gammas(td.Beta)
