@@ -144,7 +144,8 @@ class StochasticBackprop(Estimator):
         have: set[type[Distribution]] = {*GAMMAS, *CUMULANTS, *LOG_CFS}
         if self.form == "remainder":
             names = wanted(p, list(rules_of(p)))
-            have = {type(p)} if all((type(p), name) in REMAINDERS for name in names) else {cls for cls, _ in REMAINDERS}
+            complete = all((type(p), name) in REMAINDERS for name in names)
+            have = {type(p)} if complete else {cls for cls, _ in REMAINDERS} - {type(p)}
         if self.form != "exact" and type(p) not in have:
             known = ", ".join(sorted(cls.__name__ for cls in have))
             raise TypeError(

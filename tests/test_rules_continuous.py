@@ -394,6 +394,17 @@ def test_remainder_is_exact(name: str, parameter: str, order: int) -> None:
         torch.testing.assert_close(gradient.item(), slope(name, place(p, parameter)), rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("form", ["series", "remainder"])
+def test_forms_that_do_not_exist_are_refused(form: str) -> None:
+    """None is left without a gradient in silence."""
+    estimator = gl.StochasticBackprop(form=form, order=2)
+    with pytest.raises(TypeError, match="form='exact'"):
+        estimator(td.StudentT(torch.tensor(3.0, requires_grad=True)), torch.tanh)
+    if form == "remainder":
+        with pytest.raises(TypeError, match="form='exact'"):
+            estimator(gl.NormalInverseGaussian(0.3, 0.4, torch.tensor(1.2, requires_grad=True), 1.9), torch.tanh)
+
+
 @pytest.mark.parametrize("name", [n for n in CASES if type(build(n)) in CUMULANTS and type(build(n)) in LOG_CFS])
 def test_cumulants_are_those_of_the_characteristic_function(name: str) -> None:
     with torch.device("cpu"):
@@ -618,6 +629,22 @@ def test_gamma_is_unbiased_in_float32(order: int) -> None:
         assert ((grad.mean(0) - exact).abs() < 5 * grad.std(0) / math.sqrt(len(grad)) + 1e-5 * exact.abs()).all()
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_beta_is_unbiased_in_float32(order: int) -> None:
+    """At 10⁴ a typical jump is a thousand units of rounding: dividing by smaller ones would show."""
+    a = torch.tensor([1e-3, 0.1, 30.0, 1e4], dtype=torch.float32)
+
+    def loss(p: tuple[Tensor, Tensor]) -> Tensor:
+        return gl.StochasticBackprop(order=order)(td.Beta(*p), lambda z: z * z)
+
+    x, y = (a.double().requires_grad_() for _ in range(2))
+    truth = torch.autograd.grad((x * (x + 1) / ((x + y) * (x + y + 1))).sum(), (x, y))
+    for grad, exact in zip(gl.replicate(loss, (a, a), 100_000), truth, strict=True):
+        grad = grad.double()
+        error = grad.std(0) / math.sqrt(len(grad))
+        assert ((grad.mean(0) - exact).abs() < 5 * error + 2e-5 * exact.abs()).all()
+
+
 def test_log_of_a_small_gamma_has_a_finite_variance() -> None:
     def loss(k: Tensor) -> Tensor:
         return gl.StochasticBackprop()(td.Gamma(k, torch.ones_like(k)), torch.log)
@@ -631,3 +658,15 @@ def test_log_of_a_small_gamma_has_a_finite_variance() -> None:
 def test_stability_two_is_refused() -> None:
     with pytest.raises(ValueError, match="use a Normal"):
         gl.SymmetricStable(torch.tensor(0.0), torch.tensor(1.0), torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_rules_serve_vmap(name: str) -> None:
+    """Below vmap no value can reach the host: nothing synchronises, and nothing branches on a value."""
+
+    def loss(x: Tensor) -> Tensor:
+        q = POSITIVE[name](x)
+        return gl.StochasticBackprop(2)(q, lambda z: torch.tanh(z).sum(-1) if q.event_shape else torch.tanh(z))
+
+    x = torch.tensor([0.7, 1.2])
+    assert torch.func.vmap(torch.func.grad(loss), randomness="different")(x).isfinite().all()

@@ -36,6 +36,15 @@ def positive(v: Tensor) -> Tensor:
     return v.clamp_min(torch.finfo(v.dtype).tiny)
 
 
+def resolved(v: Tensor, z: Tensor) -> Tensor:
+    """Return a jump from z that can be divided by, not below 16 units of rounding.
+
+    Smaller ones stand for (f(z + v) - f(z)) / v at that distance: else rounding z + v biases a float32 gradient by
+    the ratio of eps z to a typical jump (0.06 % for a Beta(10⁴, 10⁴)).
+    """
+    return torch.maximum(positive(v), 16 * torch.finfo(v.dtype).eps * z.abs())
+
+
 # ---------------------------------------------------------------------------------------------------------- normal
 
 
@@ -149,7 +158,7 @@ def frullani(z: Tensor, share: Tensor, pick: Tensor, u: Tensor, v: Tensor) -> tu
     variable of shape at most 1, since then :math:`E[1/z]` is infinite.
     """
     x, length = log_uniform(z, u)
-    jump = torch.where(pick > 0, x, positive(v))
+    jump = resolved(torch.where(pick > 0, x, v), z)
     other = torch.where(jump <= 1, jump.exp() / ((z + jump) * length), 0.0)
     return jump, 1 / (jump * (1 - share + share * other))
 
@@ -296,8 +305,9 @@ def corner(z: Tensor, total: Tensor, share: Tensor, pick: Tensor, u: Tensor, v: 
     """
     rest = positive(1 - z)
     x, length = log_uniform(z / rest, u)
-    jump = torch.where(pick > 0, x, positive(v)).clamp(max=1 - torch.finfo(z.dtype).eps / 2)
+    jump = resolved(torch.where(pick > 0, x, v), z / rest).clamp(max=1 - torch.finfo(z.dtype).eps / 2)
     other = (1 - jump) ** (1 - total) / ((z / rest + jump) * length)
+    other = other.clamp(max=torch.finfo(z.dtype).max)  # a share of 0 times infinity is none
     return jump, 1 / (jump * ((1 - share) * total + share * other))
 
 

@@ -24,7 +24,7 @@ from gradlab.families import (
     SymmetricStable,
     VarianceGamma,
 )
-from gradlab.rules.continuous import exponential, frullani, positive, unit
+from gradlab.rules.continuous import exponential, frullani, positive, resolved, unit
 from gradlab.rules.registry import (
     LATENTS,
     Rule,
@@ -84,7 +84,7 @@ def _left_difference(p, z, v):
 @register_rule(VarianceGamma, "concentration", 0, lambda p, z: (exponential(z), exponential(z)))
 def _variance_gamma_shape(p, z, up, down):
     r""":math:`E[(f(z + aV) - f(z)) / V] + E[(f(z - bV') - f(z)) / V']`; the derivative form has more variance."""
-    up, down = positive(up), positive(down)
+    up, down = resolved(up, z / p.right), resolved(down, z / p.left)
     return [Shift(1 / up, z + p.right * up), Shift(1 / down, z - p.left * down)]
 
 
@@ -193,7 +193,7 @@ def _by_shape(mean: Tensor, g: Tensor) -> Tensor:
 @register_rule(InverseGaussian, "concentration", 0, _gamma(0.5))
 def _inverse_gaussian_shape(p, z, g):
     r""":math:`E[(f(z + G) - f(z))\,(m/(2\lambda G) - 1/(2m))]`, G ~ Gamma(1/2, scale :math:`2m^2/\lambda`)."""
-    g = positive(g)
+    g = resolved(g, z / _size(p.loc, p.concentration))
     return [Shift(_by_shape(p.loc, g), z + _size(p.loc, p.concentration) * g)]
 
 
@@ -279,7 +279,7 @@ def _nig_mean(p, z, v, g):
 
 @register_rule(NormalInverseGaussian, "mixing_shape", 0, _gamma(0.5))
 def _nig_shape(p, z, v, g):
-    g = positive(g)
+    g = resolved(g, v / _size(p.mixing_mean, p.mixing_shape))
     return [Shift(_by_shape(p.mixing_mean, g), _moved(p, z, v, _size(p.mixing_mean, p.mixing_shape) * g))]
 
 

@@ -46,6 +46,7 @@ def _low_path(p, z):
 @register_rule(td.Gumbel, "loc", 1)
 @register_rule(Logistic, "loc", 1)
 def _loc(p, z):
+    r""":math:`E f'`; on the circle f must have period :math:`2\pi`, else its jump at the cut is missed."""
     return [Shift(torch.ones_like(z), None, 1)]
 
 
