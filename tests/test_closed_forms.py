@@ -61,7 +61,7 @@ CASES = [
         -0.18845438858733268,
     ),
     Case("gamma scale, square", lambda x: td.Gamma(1.7, 1 / x), (0.9,), lambda z: (z - 0.49) ** 2, 6.596),
-    Case("gamma scale, exp", lambda x: td.Gamma(1.7, 1 / x), (0.9,), lambda z: torch.exp(-0.49 * z), -0.31063633471704577),
+    Case("gamma scale, exp", lambda x: td.Gamma(1.7, 1 / x), (0.9,), lambda z: (-0.49 * z).exp(), -0.31063633471704577),
     Case("gamma scale, log", lambda x: td.Gamma(1.7, 1 / x), (0.9,), torch.log, 1.1111111111111112),
     Case("gamma scale, sin", lambda x: td.Gamma(1.7, 1 / x), (0.9,), lambda z: torch.sin(1.6 * z), -0.5125833185969367),
     Case("gamma shape, kink", lambda x: td.Gamma(x, 1.0), (2.0,), lambda z: (z - 1).abs(), 0.712842526227311),
@@ -84,7 +84,7 @@ CASES = [
         -0.3224670334241132,
     ),
     Case("Bernoulli", lambda x: td.Bernoulli(logits=x), (1.5,), lambda z: (z - 0.45) ** 2, 0.014914645207033285),
-    Case("Bernoulli, 0.499", lambda x: td.Bernoulli(logits=x), (1.5,), lambda z: (z - 0.499) ** 2, 0.00029829290414066573),
+    Case("Bernoulli, 0.499", lambda x: td.Bernoulli(logits=x), (1.5,), lambda z: (z - 0.499) ** 2, 0.00029829290414),
     Case(
         "three Bernoullis",
         lambda x: td.Independent(td.Bernoulli(logits=x), 1),
@@ -119,7 +119,7 @@ CASES = [
         8.093827160493827,
     ),
     Case("geometric, square", lambda x: td.Geometric(1 - x), (0.55,), lambda z: z**2, 29.080932784636488),
-    Case("beta-binomial, square", lambda x: gl.BetaBinomial(7, x, const(1.6)), (0.7,), lambda z: z**2, 10.53935123706562),
+    Case("beta-binomial, square", lambda x: gl.BetaBinomial(7, x, const(1.6)), (0.7,), torch.square, 10.53935123706562),
     Case("von Mises loc, cos", lambda x: td.VonMises(x, 2.2), (0.5,), torch.cos, -0.3490361332254423),
     Case("Student df, cos", lambda x: td.StudentT(x), (4.5,), lambda z: torch.cos(1.4 * z), 0.008283492510480618),
     Case("Cauchy scale, cos", lambda x: td.Cauchy(0.0, x), (0.7,), lambda z: torch.cos(1.4 * z), -0.5254355383919593),
@@ -132,7 +132,7 @@ CASES = [
     ),
     Case("uniform high, square", lambda x: td.Uniform(-0.3, x), (1.4,), lambda z: z**2, 0.8333333333333334),
     Case("mixture loc, cos", mixture, (-1.0,), lambda z: torch.cos(1.1 * z), 0.2528166451379374),
-    Case("logistic scale, square", lambda x: gl.Logistic(torch.zeros_like(x), x), (0.8,), lambda z: z**2, 5.263789013914325),
+    Case("logistic scale", lambda x: gl.Logistic(torch.zeros_like(x), x), (0.8,), torch.square, 5.26378901391433),
 ]  # fmt: skip
 
 

@@ -31,6 +31,11 @@ def exponential(z: Tensor) -> td.Distribution:
     return td.Exponential(torch.ones_like(z), validate_args=False)
 
 
+def erlang(size: int, z: Tensor) -> td.Distribution:
+    """Gamma(size, 1), one a sample."""
+    return td.Gamma(torch.full_like(z, size), torch.ones_like(z), validate_args=False)
+
+
 def positive(v: Tensor) -> Tensor:
     """Return a jump that can be divided by."""
     return v.clamp_min(torch.finfo(v.dtype).tiny)
@@ -81,26 +86,30 @@ def _one_exponential(p, z):
     return (exponential(z),)
 
 
-@register_rule(td.Laplace, "scale", 2, _double)
-def _laplace_second(p, z, w):
-    r""":math:`\partial_{b^2} E f = E f''(z + W)`, W ~ Laplace(0, b).
+@register_rule(td.Laplace, "scale", 0, lambda p, z: (erlang(3, z),))
+def _laplace_divided(p, z, g):
+    r""":math:`2b\,E[(f(z + G) + f(z - G) - 2f(z)) / G^2]`, G ~ Gamma(3, rate 1/b).
 
-    Best where f is smooth at the scale b: the variances of the orders 2, 1 and 0 are 0, 16 and 79 at b = 1 for
-    f = (z - 0.49)², and 0.0004, 0.10 and 0.50 at b = 0.1 for cos 1.3z; but 5.6, 1.4 and 1.6 at b = 1.
+    The second-order form with its jump split into a length and a place on it, and the place integrated out: its
+    variance is never larger. For f = log sigmoid at b = 1 it is 0.0103, against 0.0248 for order 2, 0.0735 for order 1
+    and 0.369 for the plain difference :math:`E[f(z + V) + f(z - V) - 2f(z)] / b`. It is right at kinks and steps.
     """
-    return [Shift((2 * p.scale).expand_as(z), z + p.scale * w, 2)]
+    jump = resolved(g, z / p.scale)
+    weight = 2 / (p.scale * jump**2)
+    return [Shift(weight, z + p.scale * jump), Shift(weight, z - p.scale * jump)]
 
 
 @register_rule(td.Laplace, "scale", 1, _one_exponential)
 def _laplace_first(p, z, v):
+    r""":math:`E[f'(z + V) - f'(z - V)]`, V ~ Exp(rate 1/b)."""
     one = torch.ones_like(z)
     return [Shift(one, z + p.scale * v, 1), Shift(-one, z - p.scale * v, 1)]
 
 
-@register_rule(td.Laplace, "scale", 0, _one_exponential)
-def _laplace_difference(p, z, v):
-    weight = (1 / p.scale).expand_as(z)
-    return [Shift(weight, z + p.scale * v), Shift(weight, z - p.scale * v)]
+@register_rule(td.Laplace, "scale", 2, _double)
+def _laplace_second(p, z, w):
+    r""":math:`\partial_{b^2} E f = E f''(z + W)`, W ~ Laplace(0, b)."""
+    return [Shift((2 * p.scale).expand_as(z), z + p.scale * w, 2)]
 
 
 @register_cumulants(td.Laplace)
@@ -188,33 +197,28 @@ def _gamma_shape_first(p, z, u, v):
     return [Shift((1 / p.rate).expand_as(z), z + u * v / p.rate, 1)]
 
 
-def _mixed_jumps(p, z):
-    return td.Bernoulli(_share(_shape(p)).expand_as(z), validate_args=False), exponential(z)
-
-
 def _shape(p: td.Distribution) -> Tensor:
     return p.concentration if isinstance(p, td.Gamma) else torch.ones_like(p.rate)
 
 
-@register_rule(td.Exponential, "rate", 1, _mixed_jumps)
-@register_rule(td.Gamma, "rate", 1, _mixed_jumps)
-def _gamma_rate_first(p, z, pick, v):
-    r""":math:`-(k/\beta^2)\,E f'(z + V)`; an exponential is a gamma of shape k = 1.
+@register_rule(td.Exponential, "rate", 0, lambda p, z: (erlang(2, z),))
+@register_rule(td.Gamma, "rate", 0, lambda p, z: (erlang(2, z),))
+def _gamma_rate_divided(p, z, g):
+    r""":math:`-(k/\beta^2)\,E[(f(z + G) - f(z)) / G]`, G ~ Gamma(2, :math:`\beta`); an exponential has shape k = 1.
 
-    Its variance is 8.0 against 37 of the difference form, at shape 1 for f = (z - 0.49)². Below shape 2 a share of
-    points stays at z, as on the path :math:`dz/d\beta = -z/\beta`: else f = log z would have infinite variance at
-    shapes up to 1.
+    The derivative form with its jump split into a length and a place on it, and the place integrated out: its variance
+    is never larger. At shape 1 it is 6.0 for f = (z - 0.49)², against 8.0 for order 1 and 37 for the plain difference
+    :math:`-(k/\beta)\,E[f(z + V) - f(z)]`.
     """
-    k = _shape(p)
-    share, point = _share(k), z + torch.where(pick > 0, 0.0, v) / p.rate
-    weight = -k / p.rate**2 / (1 - share + share * k / positive(p.rate * point))
-    return [Shift(weight, point, 1)]
+    jump = resolved(g, z * p.rate)
+    return [Shift(-_shape(p) / (p.rate * jump), z + jump / p.rate)]
 
 
-@register_rule(td.Exponential, "rate", 0, lambda p, z: (exponential(z),))
-@register_rule(td.Gamma, "rate", 0, lambda p, z: (exponential(z),))
-def _gamma_rate_difference(p, z, v):
-    return [Shift((-_shape(p) / p.rate).expand_as(z), z + v / p.rate)]
+@register_rule(td.Exponential, "rate", 1, lambda p, z: (exponential(z),))
+@register_rule(td.Gamma, "rate", 1, lambda p, z: (exponential(z),))
+def _gamma_rate_first(p, z, v):
+    r""":math:`-(k/\beta^2)\,E f'(z + V)`: infinite variance for f = log z at shapes up to 1."""
+    return [Shift((-_shape(p) / p.rate**2).expand_as(z), z + v / p.rate, 1)]
 
 
 @register_cumulants(td.Exponential)
