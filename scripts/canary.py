@@ -58,6 +58,12 @@ CANARIES = [
         "derivative / math.factorial(n - 1))",
     ),
     Canary(
+        "14",
+        "rules/counts.py",
+        "return [Shift(torch.ones_like(z), z + 1)]",
+        "return [Shift(torch.ones_like(z), z + 2)]",
+    ),
+    Canary(
         "15",
         "coupled.py",
         "return Weak(1 / (p.scale * math.sqrt(math.tau)), p.loc + step, p.loc - step)",
