@@ -69,6 +69,12 @@ CANARIES = [
         "return Weak(1 / (p.scale * math.sqrt(math.tau)), p.loc + step, p.loc - step)",
         "return Weak(1 / (p.scale * math.sqrt(math.pi)), p.loc + step, p.loc - step)",
     ),
+    Canary(
+        "13",
+        "rules/continuous.py",
+        "return [Shift(1 / (p.rate * _safe(v)), z + v)]",
+        "return [Shift(1 / (p.rate * _safe(v)), z + 0.9 * v)]",
+    ),
     Canary("06", "generalized.py", "q.log_prob(z) + log_det", "q.log_prob(z)"),
     Canary(
         "20",
