@@ -58,7 +58,7 @@ Shifts = Callable[..., Sequence[Shift]]
 class Rule(NamedTuple):
     """Shifts, and the laws of the jumps that they are made from.
 
-    Attributes:
+    Args:
         shifts: ``(p, z, *jumps) -> [Shift, ...]``.
         jumps: ``(p, z) -> laws``, the distributions of the jumps; they may depend on the sample.
         order: the highest derivative of f that is used.
@@ -222,7 +222,7 @@ def from_log_cf(log_cf: Callable[[Distribution, Tensor], Tensor]) -> Callable[[D
 
     Args:
         log_cf: ``(p, omega) -> log phi``, with :math:`\varphi(\omega) = E[e^{i\omega z}]`, written with operations that
-            :class:`gradlab.taylor.Taylor` knows; omega is complex.
+            ``gradlab.taylor.Taylor`` knows; omega is complex.
 
     >>> cumulants = from_log_cf(lambda p, w: -p.concentration * torch.log(1 - 1j * w / p.rate))
     >>> q = torch.distributions.Gamma(torch.tensor(3.0), torch.tensor(1.0))
