@@ -133,7 +133,7 @@ class StochasticBackprop(Estimator):
             if self.form == "series":
                 return Jumps(z, (), {})
             jumps = {
-                (name, rule.order): _draw(rule, p, z, latents)
+                (name, rule.order): draw_jumps(rule, p, z, latents)
                 for name, rules in self._rules(p).items()
                 for rule in rules
             }
@@ -237,7 +237,7 @@ class StochasticBackprop(Estimator):
         return f"{super().extra_repr()}, form={self.form!r}, order={self.order}, chunk_size={self.chunk_size}"
 
 
-def _draw(rule: Rule, p: Distribution, z: Tensor, latents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def draw_jumps(rule: Rule, p: Distribution, z: Tensor, latents: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return one sample of each jump for each sample of each factor, ``[S, *batch, ...]``."""
     if rule.part is not None:
         p, z = rule.part(p, z, *latents)

@@ -79,8 +79,80 @@ def methods() -> str:
         _table(DOMAIN),
         "\nThe second post ({cite:t}`backpropagating`) has such a table; the column *unbiased* is the one that it\n"
         "lacks. Its question mark for REBAR is answered: f must be differentiable, also between the values of q.\n",
+        "\n## The rules of stochastic backpropagation\n",
+        "By distribution of one factor and by parameter. A rule of order n uses derivatives of f up to n; the first\n"
+        "one is the default, `StochasticBackprop(order=n)` chooses another. The cost is that of one factor and one\n"
+        "sample, beyond f at the sample itself: *values* of f, *slopes* (first derivatives) and *curvatures* (second\n"
+        "derivatives) along a line; a *shared* gradient serves all factors at once. K is the size of the parameter.\n",
+        _rules(),
     ]
     return "\n".join(lines)
+
+
+def _rules() -> str:
+    """One row for each parameter that has a rule."""
+    from gradlab.rules.registry import CUMULANTS, GAMMAS, LOG_CFS, REMAINDERS, RULES
+
+    lines = ["| distribution | parameter | default | other rules | series | remainder |", "|---|---|---|---|---|---|"]
+    for (cls, name), rules in sorted(RULES.items(), key=lambda item: item[0][0].__name__):
+        first, *others = (f"order {order}: {_cost(cls, name, order)}" for order in rules)
+        series = "yes" if {cls} & {*CUMULANTS, *GAMMAS, *LOG_CFS} else "no"
+        remainder = "yes" if (cls, name) in REMAINDERS else "no"
+        lines.append(f"| {cls.__name__} | `{name}` | {first} | {'; '.join(others) or '–'} | {series} | {remainder} |")
+    lines.append("| Cliques | each table | order 0: K values | – | no | no |")
+    lines.append("| MixtureSameFamily | weights, components | as its components, K times | – | no | no |")
+    return "\n".join(lines) + "\n"
+
+
+def _cost(cls: type, name: str, order: int) -> str:
+    """What a rule asks of f, for one factor and one sample."""
+    import torch
+
+    from gradlab.rules.registry import LATENTS, RULES, parameter
+    from gradlab.samplers import sample
+    from gradlab.stochastic_backprop import draw_jumps
+
+    torch.manual_seed(0)
+    q = _example(cls)
+    size, rule = torch.Size([1]), RULES[cls, name][order]
+    z, *latents = LATENTS[cls](q, size) if cls in LATENTS else (sample(q, size),)
+    shape = parameter(q, name).shape[len(q.batch_shape) :]
+    counts: dict[str, int] = {}
+    for shift in rule.shifts(q, z, *latents, *draw_jumps(rule, q, z, latents)):
+        shared = shift.point is None and shift.order == 1
+        kind = "shared gradient" if shared else ("value", "slope", "curvature")[shift.order]
+        counts[kind] = counts.get(kind, 0) + 1
+    words = []
+    for kind, count in counts.items():
+        size = {0: str(count), 1: "K" if count == 1 else f"{count} K"}.get(len(shape), "K²")
+        words.append(f"1 {kind}" if kind == "shared gradient" else f"{size} {kind}{'' if size == '1' else 's'}")
+    return " and ".join(words)
+
+
+def _example(cls: type):
+    """A distribution of the class, for its shapes."""
+    import torch
+
+    one, simplex, eye = torch.tensor(1.3), torch.tensor([0.2, 0.3, 0.5]), torch.eye(2)
+    known = {
+        "Binomial": {"total_count": 5, "probs": one / 4},
+        "BetaBinomial": {"total_count": 5, "concentration1": one, "concentration0": one},
+        "Dirichlet": {"concentration": simplex},
+        "DirichletMultinomial": {"total_count": 5, "concentration": simplex},
+        "LowRankMultivariateNormal": {"loc": simplex, "cov_factor": simplex[:, None], "cov_diag": simplex},
+        "Multinomial": {"total_count": 5, "probs": simplex},
+        "MultivariateNormal": {"loc": simplex[:2], "covariance_matrix": eye},
+        "Uniform": {"low": -one, "high": one},
+        "Wishart": {"df": 2 * one, "covariance_matrix": eye},
+    }
+    if cls.__name__ in known:
+        return cls(**known[cls.__name__])
+    if cls.__name__ in ("Bernoulli", "Geometric", "NegativeBinomial"):
+        names = [name for name in cls.arg_constraints if name != "logits"]
+        return cls(**{name: one / 3 for name in names})
+    if cls.__name__ in ("Categorical", "OneHotCategorical"):
+        return cls(probs=simplex)
+    return cls(**{name: one / (3 if name == "gate" else 1) for name in cls.arg_constraints})
 
 
 def _table(columns: dict) -> str:
