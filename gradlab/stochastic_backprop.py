@@ -230,7 +230,7 @@ class StochasticBackprop(Estimator):
         for n, kappa in enumerate(cumulants_of(p, order), 1):
             if kappa.requires_grad:
                 derivative = terms[n].movedim((1, 0), (-2, -1)).reshape(z.shape).mean(0)
-                loss = attach(loss, kappa, derivative / math.factorial(n))
+                loss = attach(loss, kappa, derivative / float(math.factorial(n)))
         return loss
 
     def extra_repr(self) -> str:

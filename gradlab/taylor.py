@@ -40,7 +40,7 @@ def derivatives(f: Callable[[Any], Any], z: Tensor, direction: Tensor, order: in
     if taylor or order > NESTED:
         value = f(Taylor([z, direction, *(torch.zeros_like(z) for _ in range(order - 1))]))
         terms = value.terms if isinstance(value, Taylor) else [value, *(torch.zeros_like(value) for _ in range(order))]
-        return [math.factorial(n) * c for n, c in enumerate(terms)]
+        return [float(math.factorial(n)) * c for n, c in enumerate(terms)]
     return _nested(f, z, direction, order)
 
 

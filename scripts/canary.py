@@ -54,8 +54,8 @@ CANARIES = [
     Canary(
         "12",
         "stochastic_backprop.py",
-        "derivative / math.factorial(n))",
-        "derivative / math.factorial(n - 1))",
+        "derivative / float(math.factorial(n)))",
+        "derivative / float(math.factorial(n - 1)))",
     ),
     Canary(
         "14",

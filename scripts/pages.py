@@ -134,7 +134,7 @@ def _example(cls: type):
     import torch
 
     one, simplex, eye = torch.tensor(1.3), torch.tensor([0.2, 0.3, 0.5]), torch.eye(2)
-    known = {
+    known: dict[str, dict] = {
         "Binomial": {"total_count": 5, "probs": one / 4},
         "BetaBinomial": {"total_count": 5, "concentration1": one, "concentration0": one},
         "Dirichlet": {"concentration": simplex},

@@ -348,3 +348,10 @@ def test_evaluations_count_what_f_sees() -> None:
         estimator = gl.StochasticBackprop(3)
         estimator(q, f)
         assert sum(seen) == estimator.evaluations(q)
+
+
+def test_high_orders_do_not_overflow() -> None:
+    """30! is beyond 64-bit integers."""
+    scale = torch.tensor(0.1, requires_grad=True)
+    gl.StochasticBackprop(form="series", order=30)(td.Laplace(0.0, scale), torch.cos).backward()
+    assert scale.grad.isfinite()

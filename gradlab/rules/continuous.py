@@ -117,7 +117,7 @@ def _laplace_cumulants(p, order):
     def kappa(n: int) -> Tensor:
         if n == 1:
             return p.loc
-        return torch.zeros_like(p.scale) if n % 2 else 2 * math.factorial(n - 1) * p.scale**n
+        return torch.zeros_like(p.scale) if n % 2 else 2.0 * math.factorial(n - 1) * p.scale**n
 
     return [kappa(n) for n in range(1, order + 1)]
 
@@ -225,7 +225,7 @@ def _gamma_rate_first(p, z, v):
 @register_cumulants(td.Chi2)
 @register_cumulants(td.Gamma)
 def _gamma_cumulants(p, order):
-    return [math.factorial(n - 1) * _shape(p) / p.rate**n for n in range(1, order + 1)]
+    return [float(math.factorial(n - 1)) * _shape(p) / p.rate**n for n in range(1, order + 1)]
 
 
 @register_log_cf(td.Exponential)

@@ -145,7 +145,7 @@ def _compound_scale_difference(p, z, j, k):
 
 @register_cumulants(CompoundPoisson)
 def _compound_cumulants(p, order):
-    return [p.rate * math.factorial(n) * p.scale**n for n in range(1, order + 1)]
+    return [p.rate * float(math.factorial(n)) * p.scale**n for n in range(1, order + 1)]
 
 
 @register_log_cf(CompoundPoisson)

@@ -108,7 +108,7 @@ def _two_gammas_log_cf(p, omega):
 @register_cumulants(VarianceGamma)
 def _two_gammas_cumulants(p, order):
     def kappa(n: int) -> Tensor:
-        return math.factorial(n - 1) * _shape(p) * (p.right**n + (-p.left) ** n)
+        return float(math.factorial(n - 1)) * _shape(p) * (p.right**n + (-p.left) ** n)
 
     return [kappa(n) + (p.loc if n == 1 else 0) for n in range(1, order + 1)]
 
