@@ -82,6 +82,7 @@ CANARIES = [
         "return attach(cost.mean(0), probabilities(q), table.mean(0))",
         "return attach(cost.mean(0), probabilities(q), 0.9 * table.mean(0))",
     ),
+    Canary("21", "rules/registry.py", "omega = -1j * s.to(", "omega = 1j * s.to("),
 ]
 
 
