@@ -64,7 +64,7 @@ class StochasticBackprop(Estimator):
         chunk_size: points a call of f, to bound memory; by default one call does them all.
 
     Reference:
-        `Generalized Stochastic Backpropagation <https://arxiv.org/abs/2012.12354>`_, Echraibi, Flocon-Cholet,
+        `Generalized Stochastic Backpropagation <https://hal.science/hal-02968975v3>`_, Echraibi, Flocon Cholet,
         Gosselin and Vaton, 2020.
 
     >>> rate = torch.tensor(2.3, requires_grad=True)
@@ -81,7 +81,7 @@ class StochasticBackprop(Estimator):
         evaluations="S (1 + d P) and more",
         second_order=False,
         transforms=True,
-        reference="Echraibi et al. (2020), https://arxiv.org/abs/2012.12354",
+        reference="Echraibi et al. (2020), https://hal.science/hal-02968975v3",
     )
 
     def __init__(
