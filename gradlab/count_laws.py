@@ -398,7 +398,8 @@ class Cliques(Distribution):
         sizes: the number of values of each variable, which takes 0, 1, ...; an int serves all of them.
 
     Reference:
-        `Generalized Stochastic Backpropagation <https://hal.science/hal-02968975v3>`_, Echraibi et al., 2020, theorem 2.
+        `Generalized Stochastic Backpropagation <https://hal.science/hal-02968975v3>`_, Echraibi et al., 2020,
+        theorem 2.
 
     >>> q = Cliques([[0, 2], [1]], [torch.zeros(4), torch.zeros(2)])
     >>> q.event_shape, q.log_prob(torch.tensor([1.0, 0.0, 1.0])).exp().item()
