@@ -72,8 +72,8 @@ CANARIES = [
     Canary(
         "13",
         "rules/continuous.py",
-        "return [Shift(1 / (p.rate * _safe(v)), z + v)]",
-        "return [Shift(1 / (p.rate * _safe(v)), z + 0.9 * v)]",
+        "weight = 2 / (p.scale * jump**2)",
+        "weight = 1.9 / (p.scale * jump**2)",
     ),
     Canary("06", "generalized.py", "q.log_prob(z) + log_det", "q.log_prob(z)"),
     Canary(

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch import distributions as D
 from torch.nn.functional import logsigmoid
 
@@ -24,25 +23,40 @@ def _double():
     torch.set_default_dtype(torch.float32)
 
 
-def nodes(q, panels=16):
-    z, weight = gl.Quadrature(panels=panels).draw(q)
+def nodes(q, panels=16, breakpoints=()):
+    z, weight = gl.Quadrature(panels=panels, breakpoints=breakpoints).draw(q)
     w = (weight * q.log_prob(z).exp()).nan_to_num()
     return z[w > 1e-22], w[w > 1e-22]
 
 
-def law(cls, *parameters: float):
-    return nodes(cls(*(torch.tensor(p) for p in parameters)))
+def law(cls, *parameters: float, **options):
+    return nodes(cls(*(torch.tensor(p) for p in parameters)), **options)
+
+
+def grid(*rules):
+    """The product of rules (points, weights); the points of one may be rows."""
+    at = [i.flatten() for i in torch.meshgrid(*(torch.arange(len(w)) for _, w in rules), indexing="ij")]
+    return [r[0][i] for r, i in zip(rules, at, strict=True)], math.prod(r[1][i] for r, i in zip(rules, at, strict=True))
+
+
+def coin(jump, share=0.0):
+    """Jumps (pick, u, v) of the order-0 rules of gamma shapes, beta and Dirichlet: u matters if pick, else v."""
+    v, w = jump
+    u, w_u = law(D.Uniform, 0.0, 1.0, panels=4)
+    rows = torch.cat([torch.stack([0 * v, v**0, v], -1), torch.stack([u**0, u, u], -1)])
+    weights = torch.cat([(1 - share) * w, share * w_u])
+    return rows[weights > 0], weights[weights > 0]
 
 
 def moments(estimator, make_q, theta, f, *rules):
     """Mean and variance of one gradient: the first rule integrates z, the others the jumps."""
-    z, *jumps = (x.flatten() for x in torch.meshgrid(*(r[0] for r in rules), indexing="ij"))
-    w = math.prod(x.flatten() for x in torch.meshgrid(*(r[1] for r in rules), indexing="ij"))
+    (z, *jumps), w = grid(*rules)
     t = torch.full_like(z, theta).requires_grad_()
     q = make_q(t)
     noise = estimator.draw(q)._replace(z=z[None])
     if jumps:
-        noise = noise._replace(jumps={key: tuple(j[None] for j in jumps) for key in noise.jumps})
+        columns = tuple(torch.column_stack(jumps).T[:, None])
+        noise = noise._replace(jumps={key: columns for key in noise.jumps})
     (g,) = torch.autograd.grad(estimator.estimate(q, f, noise).sum(), t)
     return summary(g, w)
 
@@ -145,56 +159,91 @@ def test_exact(f):
     """Differences and derivatives for gamma and Laplace, without Monte Carlo."""
     jump, third = law(D.Exponential, 1.0), law(D.Gamma, 3.0, 1.0)
     exact = slope(gamma, 3.0, f)
-    assert moments(gl.StochasticBackprop(order=0), gamma, 3.0, f, third, jump)[0] == pytest.approx(exact, abs=1e-7)
+    assert moments(gl.StochasticBackprop(), gamma, 3.0, f, third, coin(jump))[0] == pytest.approx(exact, abs=1e-7)
     wide = nodes(D.Laplace(torch.tensor(0.0), torch.tensor(1.0)))
     exact = slope(laplace, 1.0, f)
-    for order, jumps in ((2, wide), (1, jump), (0, jump)):
+    for order, jumps in ((2, wide), (1, jump), (0, third), (None, third)):
         found = moments(gl.StochasticBackprop(order=order), laplace, 1.0, f, wide, jumps)[0]
         assert found == pytest.approx(exact, abs=1e-7)
 
 
 def test_remainder():
-    points = law(D.Laplace, 0.0, 0.5)
+    points, jump = law(D.Laplace, 0.0, 0.5), law(D.Laplace, 0.0, 1.0)
     exact = slope(laplace, 0.5, logsigmoid)
     for n in (1, 2, 3, 4):
         rest = gl.StochasticBackprop(form="remainder", order=2 * n)
-        assert moments(rest, laplace, 0.5, logsigmoid, points, points)[0] == pytest.approx(exact, abs=1e-9)
+        assert moments(rest, laplace, 0.5, logsigmoid, points, jump)[0] == pytest.approx(exact, abs=1e-9)
 
 
 def test_sweet_spot():
+    jump = law(D.Laplace, 0.0, 1.0)
     for b, best in ((0.5, 3), (1.0, 2)):
         points = law(D.Laplace, 0.0, b)
         found = [
-            moments(gl.StochasticBackprop(form="remainder", order=2 * n), laplace, b, logsigmoid, points, points)[1]
+            moments(gl.StochasticBackprop(form="remainder", order=2 * n), laplace, b, logsigmoid, points, jump)[1]
             for n in range(1, 6)
         ]
         assert 1 + int(np.argmin(found)) == best
 
 
-def divided(z, g, f):
-    return (f(z + g) + f(z - g) - 2 * f(z)) / g**2
+def rate(b):
+    return D.Gamma(torch.ones_like(b), b)
 
 
-def product(a, b) -> tuple[Tensor, Tensor, Tensor]:
-    return a[0][:, None], b[0][None], a[1][:, None] * b[1][None]
+def scale_difference(z, v, f):
+    return f(z + v) + f(z - v) - 2 * f(z)
+
+
+def rate_difference(z, v, f):
+    return f(z) - f(z + v)
 
 
 def test_divided():
-    """The divided differences: unbiased, and never worse than the forms that they average."""
-    wide, far, jump = law(D.Laplace, 0.0, 1.0), law(D.Gamma, 3.0, 1.0), law(D.Exponential, 1.0)
-    for f in (logsigmoid, torch.cos, torch.square):
-        z, g, w = product(wide, far)
-        mean, variance = summary(2 * divided(z, g, f), w)
-        assert mean == pytest.approx(slope(laplace, 1.0, f), abs=1e-8)
-        assert variance <= moments(gl.StochasticBackprop(order=2), laplace, 1.0, f, wide, wide)[1] + 1e-12
-    assert summary(2 * divided(*product(wide, far)[:2], logsigmoid), product(wide, far)[2])[1] < 0.0125
-    first, second = law(D.Gamma, 1.0, 1.0), law(D.Gamma, 2.0, 1.0)  # the rate of a gamma
-    for f in (lambda z: (z - 0.49) ** 2, torch.tanh, lambda z: (-z).exp()):
-        z, g, w = product(first, second)
-        mean, variance = summary(-(f(z + g) - f(z)) / g, w)
-        other = moments(gl.StochasticBackprop(order=1), lambda b: D.Gamma(torch.ones_like(b), b), 1.0, f, first, jump)
-        assert mean == pytest.approx(other[0], abs=1e-8)
-        assert variance <= other[1]
+    """The defaults for scale and rate: unbiased, the formulas, and never worse than the forms that they average."""
+    wide, jump = law(D.Laplace, 0.0, 1.0), law(D.Exponential, 1.0)
+    second, third = law(D.Gamma, 2.0, 1.0), law(D.Gamma, 3.0, 1.0)
+
+    def toy(z):
+        return (z - 0.49) ** 2
+
+    cases = [
+        (laplace, logsigmoid, wide, third, scale_difference, 2, {2: 0.0248, 1: 0.0735}, (0.01025, 0.369)),
+        (laplace, torch.cos, wide, third, scale_difference, 2, {2: None, 1: None}, None),
+        (laplace, torch.square, wide, third, scale_difference, 2, {2: None, 1: None}, None),
+        (rate, toy, jump, second, rate_difference, 1, {1: 8.0}, (6.0, 37.2)),
+        (rate, torch.tanh, jump, second, rate_difference, 1, {1: None}, None),
+        (rate, lambda z: (-z).exp(), jump, second, rate_difference, 1, {1: None}, None),
+    ]
+    for make_q, f, points, far, difference, power, orders, stated in cases:
+        mean, variance = moments(gl.StochasticBackprop(), make_q, 1.0, f, points, far)
+        assert mean == pytest.approx(slope(make_q, 1.0, f), abs=1e-8)
+        (z, g), w = grid(points, far)
+        ours = summary(math.factorial(power) * difference(z, g, f) / g**power, w)
+        assert (mean, variance) == pytest.approx(ours, abs=1e-8)
+        for order, value in orders.items():
+            estimator = gl.StochasticBackprop(order=order)
+            form = moments(estimator, make_q, 1.0, f, points, wide if order == 2 else jump)[1]
+            assert variance <= form + 1e-9
+            assert value is None or form == pytest.approx(value, rel=3e-3)
+        (z, v), w = grid(points, jump)
+        plain = summary(difference(z, v, f), w)
+        assert plain[0] == pytest.approx(mean, abs=1e-8)
+        if stated is not None:
+            assert (variance, plain[1]) == pytest.approx(stated, rel=2e-3)
+
+
+def test_scaled():
+    """The defaults at other parameters: unit jumps, and the powers of the scale in the weights."""
+    third, second = law(D.Gamma, 3.0, 1.0), law(D.Gamma, 2.0, 1.0)
+    for b in (0.3, 2.0):
+        found = moments(gl.StochasticBackprop(), laplace, b, logsigmoid, law(D.Laplace, 0.0, b), third)[0]
+        assert found == pytest.approx(slope(laplace, b, logsigmoid), abs=1e-8)
+
+        def three(beta):
+            return D.Gamma(torch.full_like(beta, 3.0), beta)
+
+        found = moments(gl.StochasticBackprop(), three, b, torch.tanh, law(D.Gamma, 3.0, b), second)[0]
+        assert found == pytest.approx(slope(three, b, torch.tanh), abs=1e-8)
 
 
 def test_dirichlet():
@@ -206,8 +255,13 @@ def test_dirichlet():
         return D.Beta(a, torch.tensor(2.0))
 
     for f in (torch.square, lambda z: (3 * z).cos(), lambda z: z.log()):
-        found = moments(gl.StochasticBackprop(order=0), beta, 3.0, f, points, jump)[0]
+        found = moments(gl.StochasticBackprop(), beta, 3.0, f, points, coin(jump))[0]
         assert found == pytest.approx(slope(beta, 3.0, f), abs=1e-7)
+    low = nodes(D.Beta(torch.tensor(0.8), torch.tensor(2.0)))  # log-uniform jumps too
+    mixed = coin(nodes(D.Beta(torch.tensor(1.0), torch.tensor(2.8))), share=0.1)
+    for f in (torch.square, lambda z: (3 * z).cos()):
+        found = moments(gl.StochasticBackprop(), beta, 0.8, f, low, mixed)[0]
+        assert found == pytest.approx(slope(beta, 0.8, f), abs=1e-7)
     alpha = torch.tensor([0.8, 1.5, 2.0], requires_grad=True)
     s = alpha.sum()
     (exact,) = torch.autograd.grad(alpha[0] * alpha[1] / (s * (s + 1)), alpha)
@@ -250,7 +304,7 @@ def test_implicit(name):
     path = summary(*paths(3.0, f, rule))
     assert mean == pytest.approx(path[0], abs=1e-6)
     assert (variance < path[1]) == wins
-    difference = moments(gl.StochasticBackprop(order=0), gamma, 3.0, f, rule, law(D.Exponential, 1.0))
+    difference = moments(gl.StochasticBackprop(), gamma, 3.0, f, rule, coin(law(D.Exponential, 1.0)))
     assert difference[1] < variance
 
 
@@ -267,17 +321,19 @@ def test_covariance(name):
 
 
 def test_costs():
-    """A curvature rule against the path, per unit of noise: its variance falls as b^2, the path's stays."""
-    ratios = []
+    """The default against the path: its variance in b falls as b^2, the path's stays."""
+    ratios, far = [], law(D.Gamma, 3.0, 1.0)
     for b in (0.1, 0.02):
         points = law(D.Laplace, 0.0, b)
-        second = moments(gl.StochasticBackprop(order=2), laplace, b, logsigmoid, points, points)[1]
+        divided = moments(gl.StochasticBackprop(), laplace, b, logsigmoid, points, far)[1]
         z, w = points
-        ratios.append(summary(torch.sigmoid(-z) * z / b, w)[1] / second)
+        ratios.append(summary(torch.sigmoid(-z) * z / b, w)[1] / divided)
     assert ratios[0] > 1e4
     assert ratios[1] > 1e6
     q = D.Independent(gamma(torch.full((50,), 3.0, requires_grad=True)), 1)
-    assert gl.StochasticBackprop(order=0).evaluations(q) == 51
+    assert gl.StochasticBackprop().evaluations(q) == 51
+    q = D.Independent(laplace(torch.full((30,), 3.0, requires_grad=True)), 1)
+    assert gl.StochasticBackprop().evaluations(q) == 61
 
 
 def test_infinite():
@@ -286,6 +342,31 @@ def test_infinite():
     for z in (1e-6, 1e-8):
         moment = float((w * (torch.log1p(v / z) / v) ** 2).sum())
         assert moment * z == pytest.approx(math.pi**2 / 3, rel=1e-2)
+
+
+def above(delta, k):
+    """Trapezoids in log z."""
+    s = torch.linspace(math.log(delta), math.log(40), 401)
+    w = s.exp() * gamma(torch.tensor(k)).log_prob(s.exp()).exp() * (s[1] - s[0])
+    w[[0, -1]] /= 2
+    return s.exp(), w
+
+
+def test_mixture():
+    """The package's jumps for a shape below 2: log z has a finite variance, and f = z no longer none."""
+    jump = coin(law(D.Exponential, 1.0, breakpoints=(1.0,)), share=0.1)
+    default = gl.StochasticBackprop()
+    for k, variance, implicit in ((1.0, 9.759, 0.9004), (0.6, 123.0, 6.953)):
+        points = above(1e-40, k)
+        found = moments(default, gamma, k, torch.log, points, jump)
+        assert found[0] == pytest.approx(float(torch.polygamma(1, torch.tensor(k))), abs=1e-6)
+        assert found[1] == pytest.approx(variance, rel=1e-3)
+        assert summary(*paths(k, torch.log, points))[1] == pytest.approx(implicit, rel=1e-3)
+        second = [moments(default, gamma, k, torch.log, above(d, k), jump)[1] for d in (1e-8, 1e-10)]
+        assert second[1] < 1.1 * second[0]
+    mean, variance = moments(default, gamma, 1.0, lambda z: z, above(1e-40, 1.0), jump)
+    assert mean == pytest.approx(1.0, abs=1e-6)
+    assert variance == pytest.approx(0.00717, rel=1e-2)
 
 
 def test_absolute():
