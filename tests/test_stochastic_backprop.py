@@ -251,6 +251,10 @@ def test_log_mgf_is_infinite_where_the_expectation_is() -> None:
     one = torch.ones(())
     assert gl.rules.log_mgf(td.Laplace(0 * one, one), 2 * one) == math.inf
     assert gl.rules.log_mgf(td.Gamma(2 * one, one), 3 * one) == math.inf
+    assert gl.rules.log_mgf(td.Gamma(0.3 * one, one / 3), 0.49 * one) == math.inf
+    rate = torch.ones((), requires_grad=True)
+    (grad,) = torch.autograd.grad(gl.rules.log_mgf(td.Gamma(2 * one, rate), 3 * one), rate)
+    assert not grad.isfinite()
     torch.testing.assert_close(gl.rules.log_mgf(td.Gamma(2 * one, one), -5 * one), torch.tensor(-2 * math.log(6)))
 
 

@@ -212,7 +212,8 @@ def log_mgf(p: Distribution, s: Tensor) -> Tensor:
     """
     omega = -1j * s.to(torch.promote_types(s.dtype, torch.complex64))
     value = LOG_CFS[type(p)](p, omega)
-    return torch.where(value.imag.abs() > 1, torch.inf, value.real)  # log of a negative number: i pi
+    real = value.real  # where it is a logarithm of a negative number, value and gradient are infinite
+    return real * torch.where(value.imag.abs() > 1e-6, real.detach().sign() * torch.inf, 1.0)
 
 
 def from_log_cf(log_cf: Callable[[Distribution, Tensor], Tensor]) -> Callable[[Distribution, int], list[Tensor]]:
