@@ -71,6 +71,7 @@ def test_printed_numbers():
     assert printed_rule(-1, 2.0, 1.0).tolist() == pytest.approx([-0.17962079, -0.29625608], abs=1e-8)
     assert printed_rule(1, 2.0, 1.0).tolist() == pytest.approx([0.3032947, 0.86553247], abs=1e-7)
     weight = -torch.log(tensor(1 - 3 * EPS) + 0j) * (1 + 3 * EPS) ** -2
+    assert log_mgf(D.Gamma(tensor(2.0), tensor(1 / 3)), tensor(EPS)) == math.inf
     assert (weight.real.item(), weight.imag.item()) == pytest.approx((0.1238, -0.5149), abs=1e-4)
 
 
@@ -94,12 +95,20 @@ def test_variances(k, scale):
     assert implicit > by_k[1]
 
 
-def test_exact_rule_on_toy_1():
-    """The variance of the jumped sample is that of the sample plus that of the jump."""
-    u, v = torch.meshgrid((torch.arange(400) + 0.5) / 400, (torch.arange(40_000) + 0.5) * 1e-3, indexing="ij")
-    w = (-v).exp() * 1e-3 / 400
-    mean, square = (w * u * v).sum(), (w * (u * v) ** 2).sum()
-    assert (square - mean**2).item() == pytest.approx(5 / 12, abs=1e-4)
+@pytest.mark.parametrize("k, scale", PLACES)
+def test_exact_rule_on_toy_1(k, scale):
+    """The exact rule adds the variance of its jump: a gamma variable of shape 1 for k, and 2 for the scale."""
+    for shape, weight, formula in (
+        (1.0, scale, 4 * scale**4 * (k + 1 / 4)),
+        (2.0, k, 4 * k**2 * scale**2 * (k + 1 / 2)),
+    ):
+        u = torch.linspace(-60, 6, 801, dtype=torch.float64)
+        wz = (k * u - u.exp() - math.lgamma(k)).exp() * (u[1] - u[0])
+        wv = (shape * u - u.exp() - math.lgamma(shape)).exp() * (u[1] - u[0])
+        w, z, v = wz[:, None] * wv, scale * u.exp()[:, None], scale * u.exp()
+        value = weight * (figures.square(z + v) - figures.square(z)) / v
+        mean = (w * value).sum()
+        assert ((w * value**2).sum() - mean**2).item() == pytest.approx(formula, rel=1e-4)
 
 
 def test_trajectories_agree_in_mean():
@@ -151,7 +160,7 @@ def test_fast_rules(order):
     theta = [torch.randn(3, 4, dtype=torch.float64), 0.2 + torch.rand(3, 4, dtype=torch.float64)]
     q = D.Laplace(*(p.requires_grad_() for p in theta))
     fast = figures.exact(5) if order is None else figures.series(order, 5)
-    form = {"form": "exact"} if order is None else {"form": "series", "order": order}
+    form = {} if order is None else {"form": "series", "order": order}
     slow = figures.plain(gl.StochasticBackprop(5, **form))
     if order is not None:  # Taylor arithmetic knows einsum, not the reshaping of a batch of weights
         slow = lambda q, rows: gl.StochasticBackprop(5, **form)(  # noqa: E731
@@ -261,7 +270,7 @@ def test_figure_2(dim):
     end = {m: curve(content, f"{m}, d={dim}", "loss")[-1].item() for m in figures.toy_methods("figure2")}
     assert end["implicit"] == pytest.approx(0.0016, abs=1e-4)
     assert end["series"] == pytest.approx(0.0025, abs=1e-4)
-    assert end["stochastic backprop"] == pytest.approx(0.0034, abs=1e-4)
+    assert end["stochastic backprop"] == pytest.approx(0.0029, abs=1e-4)
     assert end["series, as printed"] == pytest.approx(0.985, abs=1e-3)
     ours, score = (curve(content, f"{m}, d={dim}", "log_variance")[1:] for m in ("series", "score"))
     assert (ours < score).all()
@@ -276,9 +285,9 @@ def test_figure_3(case):
     )
     exact, path = "stochastic backprop", "reparameterization"
     assert ((elbo[exact] - elbo[path]) > -1e-3).all()
-    assert (scales[path] - scales[exact] > 3).all()
+    assert (scales[path] - scales[exact] > 3.7).all()
     gain = (every[path] - every[exact]).mean()
-    assert (0.7 < gain < 1.1) if case.endswith("b=1") else abs(gain) < 0.1
+    assert (0.7 < gain < 1.2) if case.endswith("b=1") else abs(gain) < 0.1
     ends = [elbo[m][-1] for m in (exact, "series, order 4", "series, order 8", "series, order 16")]
     gap = {"standard, b=1": 0.293, "standard, b=0.1": 0.007, "min-max, b=1": 0.243, "min-max, b=0.1": 0.0001}[case]
     assert (max(ends) - min(ends)).item() == pytest.approx(gap, abs=1e-3)
@@ -296,7 +305,9 @@ def test_orders():
         )
         assert order8[0] < 2 * exact[0]
         assert (order8[3] > 1e6 * exact[3]) == place.startswith("standard")
-        assert (path > 20 * exact).all()
+        assert (path > 40 * exact).all()
+        second = tensor(content[f"stochastic backprop, order 2, {place}"]["variance"]) / exact
+        assert (second > 1).all() and second.max() < 2.3
 
 
 def test_sizes_of_the_features():
