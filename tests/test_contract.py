@@ -23,8 +23,10 @@ def td_validation_off() -> Iterator[None]:
     """torch validates by looking at values, which vmap forbids."""
     before = td.Distribution._validate_args
     td.Distribution.set_default_validate_args(False)
-    yield
-    td.Distribution.set_default_validate_args(before)
+    try:
+        yield
+    finally:
+        td.Distribution.set_default_validate_args(before)
 
 
 def params_of(problem: gl.Problem, *batch: int) -> dict[str, Tensor]:

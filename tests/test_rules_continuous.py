@@ -657,7 +657,7 @@ def test_log_of_a_small_gamma_has_a_finite_variance() -> None:
 
 def test_stability_two_is_refused() -> None:
     with pytest.raises(ValueError, match="use a Normal"):
-        gl.SymmetricStable(torch.tensor(0.0), torch.tensor(1.0), torch.tensor(2.0))
+        gl.SymmetricStable(torch.tensor(0.0), torch.tensor(1.0), torch.tensor(2.0), validate_args=True)
 
 
 @pytest.mark.parametrize("name", POSITIVE)
