@@ -143,3 +143,11 @@ def test_there_is_one_search_field(site):
 def test_nothing_of_this_machine_is_told():
     for path in PAGES:
         assert str(ROOT) not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_every_chapter_has_the_number_of_its_file():
+    chapters = [page for page in PAGES if re.match(r"\d\d_", page.name)]
+    assert chapters
+    for page in chapters:
+        number = re.search(r"<title>(\d+)\. ", page.read_text(encoding="utf-8"))
+        assert number and int(number[1]) == int(page.name[:2]), page.name
