@@ -59,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         width = max(map(len, PROBLEMS))
         print("\n".join(f"{p.name.ljust(width)}  {p.summary}" for p in PROBLEMS.values()))
         return 0
+    if args.command == "data":
+        from gradlab.experiments import command
+
+        return command.run(args)
     try:
         table = run(PROBLEMS[args.problem], args.estimators, args.samples, args.replicates, args.seed)
     except (TypeError, ValueError) as error:
@@ -133,7 +137,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seed", type=int, default=0, help="seed of the random numbers (default 0)")
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _data_parser(commands)
     return parser
+
+
+def _data_parser(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser(
+        "data",
+        help="list, fetch or verify the data of the experiments",
+        description="The files lie in the folder that the environment variable GRADLAB_DATA names, else in the "
+        "platform's cache folder. A file whose sha256 is not the registered one is refused.",
+    )
+    actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="what there is: embedded, in the folder, or to fetch")
+    fetch = actions.add_parser("fetch", help="download files that the folder lacks")
+    fetch.add_argument("name", metavar="NAME", help="a group such as mnist, or a file that `gradlab data list` shows")
+    actions.add_parser("verify", help="compare every file of the folder with its sha256")
 
 
 def _positive(text: str) -> int:

@@ -277,7 +277,13 @@ def api() -> str:
     rules = importlib.import_module("gradlab.rules")
     lines += ["## `gradlab.rules`\n", f"{rules.__doc__}\n", "```{eval-rst}"]
     lines += [line for name in rules.__all__ for line in _entry(rules, "rules.registry", name)]
-    return "\n".join([*lines, "```\n"])
+    lines += ["```\n"]
+    for module in ("experiments.data", "experiments.files"):
+        part = importlib.import_module(f"gradlab.{module}")
+        lines += [f"## `gradlab.{module}`\n", f"{(part.__doc__ or '').splitlines()[0]}\n", "```{eval-rst}"]
+        lines += [line for name in part.__all__ for line in _entry(part, module.replace(".", "/"), name)]
+        lines += ["```\n"]
+    return "\n".join(lines)
 
 
 def _public(package, module: str) -> list[str]:
@@ -297,7 +303,7 @@ def _entry(package, module: str, name: str) -> list[str]:
             + ([f"   :members: {', '.join(methods)}"] if methods else [])
             + [""]
         )
-    if hasattr(value, "__code__"):
+    if hasattr(inspect.unwrap(value), "__code__"):
         return [f".. autofunction:: {package.__name__}.{name}", ""]
     return [f".. py:data:: {package.__name__}.{name}", "", f"   {_data_docstring(module, name)}", ""]
 

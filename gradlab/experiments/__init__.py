@@ -1,0 +1,7 @@
+"""Data and experiments on it, behind the ``gradlab`` command; needs the extra ``[experiments]``."""
+
+from gradlab.experiments import command as command
+from gradlab.experiments import data as data
+from gradlab.experiments import files as files
+
+__all__ = ["command", "data", "files"]
