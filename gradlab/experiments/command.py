@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from gradlab.experiments.files import VARIABLE, family, fetch, folder, registry, state
+from gradlab.experiments.files import VARIABLE, family, fetch, folder, mirrors, registry, state
 
 __all__ = ["EMBEDDED", "run"]
 
@@ -41,7 +41,7 @@ def _where(name: str) -> str:
     """In the folder, at a mirror, or nowhere public."""
     if (folder() / name).is_file():
         return "here"
-    return "to fetch" if registry()[name]["urls"] else "no mirror"
+    return "to fetch" if mirrors(name) else "no mirror"
 
 
 def _fetch(name: str) -> int:
@@ -49,8 +49,11 @@ def _fetch(name: str) -> int:
     if name in EMBEDDED:
         print(f"{name} is embedded: there is nothing to fetch.")
         return 0
-    failed = 0
-    for file in family(name):
+    failed, wanted = 0, family(name)
+    for file in wanted:
+        if len(wanted) > 1 and state(file) == "missing" and not mirrors(file):
+            print(f"gradlab: {file} has no mirror: left out.", file=sys.stderr)
+            continue
         try:
             print(fetch(file))
         except (OSError, ValueError) as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import struct
@@ -24,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradlab.experiments.files import fetch, library, registry
+from gradlab.experiments.files import fetch, library, registry, state
+from gradlab.experiments.recipes import OMNIGLOT_SHA256, omniglot_images
 
 __all__ = [
     "Binarize",
@@ -184,15 +186,16 @@ def omniglot(split: str = "train") -> Tensor:
 
     This is the split of ``chardata.mat``, the file of the importance-weighted autoencoder, by what its sizes say:
     24 345 training images as there; but 8115 for the test where that file has 8070, and other pixels, as it was
-    resized otherwise. Say so beside a comparison.
+    resized otherwise. Say so beside a comparison. The images come from the resized file if the folder has it, else
+    from the official archives (some seconds, and Pillow).
 
     Shapes:
         x ``[N, 784]`` float32 in [0, 1], 1 is ink.
     """
     train = _choose("omniglot", split, train=True, test=False)
-    arrays = _read("omniglot/omniglot28.npz", _npz)
-    chosen = (arrays["drawer"] <= OMNIGLOT_TRAIN_DRAWERS) == train
-    return torch.from_numpy(arrays["images"][chosen].reshape(-1, 784)).float().div_(225)
+    images, drawers = _omniglot()
+    chosen = (drawers <= OMNIGLOT_TRAIN_DRAWERS) == train
+    return torch.from_numpy(images[chosen].reshape(-1, 784)).float().div_(225)
 
 
 def tables() -> list[str]:
@@ -217,6 +220,23 @@ def counts(name: str) -> dict[str, Tensor]:
     key = _choose("counts", name, **files)
     readers: dict[str, Callable] = {".csv": _csv, ".npz": _npz, ".zip": _json}
     return {column: _tensor(values) for column, values in _read(key, readers[Path(key).suffix]).items()}
+
+
+def _omniglot() -> tuple[np.ndarray, np.ndarray]:
+    """Images ``[32460, 28, 28]`` of 0 to 225, and drawers; the images have the one registered hash."""
+    if state("omniglot/omniglot28.npz") != "missing":
+        arrays = _read("omniglot/omniglot28.npz", _npz)
+        return arrays["images"], arrays["drawer"]
+    library("PIL.Image", "omniglot", "pillow")
+    parts = [
+        omniglot_images(fetch(f"omniglot/images_{part}.zip").read_bytes()) for part in ("background", "evaluation")
+    ]
+    images, drawers = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    if hashlib.sha256(images.tobytes()).hexdigest() != OMNIGLOT_SHA256:
+        raise ValueError(
+            "omniglot: found resized images of another sha256 than the registered one: report this, please."
+        )
+    return images, drawers
 
 
 def _choose(caller: str, name: str, **known: Any) -> Any:

@@ -18,7 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["VARIABLE", "family", "fetch", "folder", "offline_alternative", "registry", "state"]
+from gradlab.experiments.recipes import RECIPES
+
+__all__ = ["VARIABLE", "family", "fetch", "folder", "mirrors", "offline_alternative", "registry", "state"]
 
 VARIABLE = "GRADLAB_DATA"
 """The environment variable that names the folder of the data."""
@@ -101,6 +103,12 @@ def fetch(name: str) -> Path:
     return _download(name, found)
 
 
+def mirrors(name: str) -> list[str]:
+    """Return the addresses of a file, or of the source that it is made of by a recipe."""
+    entry = registry()[name]
+    return [source["url"] for source in entry["derived_from"]] if name in RECIPES else entry["urls"]
+
+
 def offline_alternative(name: str) -> str:
     """Return the loader of embedded data that stands in for a file."""
     return ALTERNATIVES.get(name.split("/")[0], "digits()")
@@ -110,18 +118,18 @@ def _download(name: str, found: str) -> Path:
     """Try the mirrors in turn; what none of them could do is one sentence."""
     pooch = library("pooch", "files.fetch")
     pooch.get_logger().setLevel("WARNING")
-    entry, failures = registry()[name], []
-    for url in entry["urls"]:
+    sha256, failures = registry()[name]["sha256"], []
+    for url in mirrors(name):
         try:
-            return _retrieve(pooch, url, folder() / name, entry["sha256"])
+            return _make(pooch, url, name) if name in RECIPES else _retrieve(pooch, url, folder() / name, sha256)
         except (OSError, ValueError) as error:
             failures.append(error)
     if not all(isinstance(e, OSError) for e in failures):
         raise ValueError(
-            f"{name}: found a download with a wrong hash, refused and not kept, expected sha256 {entry['sha256']}; "
+            f"{name}: found a download with a wrong hash, refused and not kept, expected sha256 {sha256}; "
             f"try again later, or put the file in a folder named by {VARIABLE}."
         )
-    network = "a network, or " if entry["urls"] else ""
+    network = "a network, or " if failures else ""
     raise FileNotFoundError(
         f"{name}: found it {found} in {folder()} and {_mirrors(failures)}, "
         f"expected {network}a folder that has it, named by the environment variable {VARIABLE}; "
@@ -133,6 +141,19 @@ def _retrieve(pooch: ModuleType, url: str, path: Path, sha256: str) -> Path:
     """Download to a temporary name, compare the hash, and only then rename."""
     pooch.retrieve(url, f"sha256:{sha256}", fname=path.name, path=path.parent, downloader=_get)
     return path
+
+
+def _make(pooch: ModuleType, url: str, name: str) -> Path:
+    """Download the source of a file and follow the recipe; what comes out must have the registered hash too."""
+    path, entry = folder() / name, registry()[name]
+    source = _retrieve(pooch, url, folder() / "sources" / Path(url).name, entry["derived_from"][0]["sha256"])
+    content = RECIPES[name](source.read_bytes())
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise ValueError(f"{name}: found another sha256 after the recipe.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    return part.replace(path)
 
 
 def _get(url: str, output: str, _: object) -> None:
