@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import hashlib
 import io
@@ -149,6 +150,18 @@ def test_offline_is_one_sentence(load, name: str, embedded: str, tmp_path: Path,
     assert all(word in sentence for word in (name, str(tmp_path), files.VARIABLE, embedded)), sentence
     assert "\n" not in sentence and ". " not in sentence and sentence.endswith(".")
     assert ("a network" in sentence) == bool(files.mirrors(name))
+    assert left(tmp_path) == []
+
+
+def test_a_full_disk_says_so_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(url: str, output: str, _: object) -> None:
+        Path(output).write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv(files.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(files, "_get", full)
+    with pytest.raises(FileNotFoundError, match="the last failed with No space left on device"):
+        files.fetch(NAME)
     assert left(tmp_path) == []
 
 

@@ -169,7 +169,8 @@ def _mirrors(failures: Sequence[Exception]) -> str:
     """What the mirrors did, in words."""
     if not failures:
         return "it has no mirror"
-    return f"at none of its {len(failures)} mirrors (the last failed with {type(failures[-1]).__name__})"
+    why = getattr(failures[-1], "strerror", None) or type(failures[-1]).__name__  # a full disk has words of its own
+    return f"at none of its {len(failures)} mirrors (the last failed with {why})"
 
 
 def _sha256(path: Path) -> str:
