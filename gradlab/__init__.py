@@ -26,6 +26,7 @@ from gradlab.families import (
 )
 from gradlab.generalized import GeneralizedReparameterization, RejectionReparameterization, standardize
 from gradlab.gumbel import concrete_log_prob, conditional_gumbels, gumbel
+from gradlab.multisample import IWAE, VIMCO, DReG, LogLikelihood, log_likelihood
 from gradlab.paths import Path, has_path, register_path
 from gradlab.pathwise import ImplicitReparameterization, Reparameterization
 from gradlab.problems import PROBLEMS, Problem, problem
@@ -61,15 +62,18 @@ from gradlab.samplers import (
 from gradlab.score import ControlVariate, MuProp, ScoreFunction
 from gradlab.stochastic_backprop import StochasticBackprop
 from gradlab.surrogate import attach, descend, magic_box, zero
+from gradlab.svi import ExpectationMaximization, NegativeELBO, expectation_maximization
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ARM",
+    "IWAE",
     "LAX",
     "PROBLEMS",
     "REBAR",
     "RELAX",
+    "VIMCO",
     "AfterLinear",
     "AsymmetricLaplace",
     "Baseline",
@@ -80,12 +84,14 @@ __all__ = [
     "Constant",
     "ControlVariate",
     "Cost",
+    "DReG",
     "Delta",
     "DirichletMultinomial",
     "DisARM",
     "DoubleControlVariate",
     "Enumerate",
     "Estimator",
+    "ExpectationMaximization",
     "GeneralizedReparameterization",
     "GumbelRao",
     "GumbelSoftmax",
@@ -94,11 +100,13 @@ __all__ = [
     "Learned",
     "LeaveOneOut",
     "LocalExpectation",
+    "LogLikelihood",
     "Logistic",
     "MeanNegativeBinomial",
     "MeasureValued",
     "MovingAverage",
     "MuProp",
+    "NegativeELBO",
     "NormalInverseGaussian",
     "Path",
     "Problem",
@@ -126,6 +134,7 @@ __all__ = [
     "conditional_gumbels",
     "constant_temperature",
     "descend",
+    "expectation_maximization",
     "exponential_annealing",
     "gumbel",
     "gumbel_max",
@@ -137,6 +146,7 @@ __all__ = [
     "implicit",
     "inverse_cdf",
     "inverse_time_annealing",
+    "log_likelihood",
     "magic_box",
     "problem",
     "register_path",

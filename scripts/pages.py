@@ -29,7 +29,7 @@ SOURCES = {
 }
 PARTS = {6: "II", 11: "III", 15: "IV", 19: "V", 22: "VI"}
 MODULES = """estimator score baselines pathwise paths generalized relaxed rebar coupled exact stochastic_backprop
-quadrature samplers gumbel relaxations diagnostics problems distributions families count_laws
+quadrature svi multisample samplers gumbel relaxations diagnostics problems distributions families count_laws
 surrogate"""
 
 

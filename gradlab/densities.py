@@ -1,0 +1,132 @@
+"""Log densities inside a cost: of a distribution whose parameters are held, and at points between its values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Bernoulli, Distribution, Independent, OneHotCategorical, Transform
+
+from gradlab.surrogate import is_transformed
+
+__all__: list[str] = []
+
+
+def freeze(q: Distribution) -> Distribution:
+    """Return a copy of q whose parameters carry no graph: its density is a function of z alone.
+
+    A parameter that torch hides in a module (that of a flow) keeps its graph.
+    """
+    return _mapped(q, Tensor.detach)
+
+
+def _mapped(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return x with the tensors of every distribution and transform in it changed."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, list | tuple) and any(isinstance(item, Transform) for item in x):
+        return type(x)(_mapped(item, change) for item in x)
+    if not isinstance(x, Distribution | Transform):
+        return x
+    new = copy.copy(x)
+    vars(new).update({name: _mapped(value, change) for name, value in vars(new).items()})
+    if isinstance(new, Transform) and new._cache_size:
+        new._cached_x_y = None, None  # else the inverse of a sample is the point that it came from, with its graph
+    return new
+
+
+def _unvalidated(q: Distribution) -> Distribution:
+    new = copy.copy(q)
+    new._validate_args = False
+    return new
+
+
+def log_density(q: Distribution, z: Tensor) -> Tensor:
+    r"""Return :math:`\log q(z)`, ``[*L, *B]``, also where an estimator looks between the values of q.
+
+    Relaxed zeros and ones have the log density that is linear in z, :math:`\sum_k z_k\log\pi_k`; a Taylor series of
+    points is taken as it comes. Everywhere else torch checks that z lies in the support.
+
+    Args:
+        q: the distribution.
+        z: ``[*L, *B, *E]``.
+
+    >>> q = OneHotCategorical(probs=torch.tensor([0.25, 0.75]))
+    >>> mean = log_density(q, torch.tensor([0.5, 0.5]))
+    >>> mean.isclose(q.probs.log().mean())
+    tensor(True)
+    """
+    if isinstance(q, Independent):
+        inner = log_density(q.base_dist, z)
+        dims = tuple(range(-q.reinterpreted_batch_ndims, 0))
+        return inner.sum(dims) if dims else inner
+    if isinstance(q, OneHotCategorical):
+        return (q.logits.clamp_min(torch.finfo(q.logits.dtype).min) * z).sum(-1)
+    if isinstance(q, Bernoulli) or not isinstance(z, Tensor):
+        return _unvalidated(q).log_prob(z)
+    return q.log_prob(z)
+
+
+def path_log_density(q: Distribution, z: Any) -> Any:
+    r"""Return :math:`\log q_\theta(z)`, whose first derivative follows z but not :math:`\theta`, ``[*L, *B]``.
+
+    .. math:: \log q_\theta(z) + \frac{q_{\bar\theta}(z)}{q_\theta(z)} - 1, \qquad \bar\theta = \mathrm{sg}(\theta)
+
+    The last two terms are 0, and 0 is their mean under :math:`q_\theta` at *every* :math:`\theta`: they take the score
+    :math:`\nabla_\theta\log q_\theta(z)`, which is noise of mean zero, out of the gradient, and leave derivatives of
+    every order right. (For a support that moves with :math:`\theta` the mean is another, and so is the gradient.)
+
+    >>> loc = torch.tensor(0.3, requires_grad=True)
+    >>> z = torch.tensor(1.0, requires_grad=True)
+    >>> path_log_density(torch.distributions.Normal(loc, 1.0), z).backward()
+    >>> loc.grad.item(), round(z.grad.item(), 4)
+    (0.0, -0.7)
+    """
+    if not isinstance(z, Tensor):  # a Taylor series in z, where the parameters play no part
+        return log_density(freeze(q), z)
+    log_q = log_density(q, z)
+    moves = z.requires_grad or is_transformed(z)
+    held = log_density(freeze(q), z) if moves else log_q.detach()
+    return log_q + torch.expm1(held - log_q)
+
+
+def log_likelihood_at(likelihood: Callable[[Tensor], Distribution], x: Tensor, z: Tensor, shape: torch.Size) -> Tensor:
+    """Return log p(x | z), checked to have the shape ``[*L, *B]``.
+
+    Raises:
+        TypeError: the likelihood returns no distribution.
+        ValueError: its log_prob has another shape, as without ``Independent``; or x is outside its support.
+    """
+    p = _checked("likelihood(z)", likelihood(z))
+    return _shaped(p.log_prob(x), p, z, x, shape)
+
+
+def log_density_at(likelihood: Callable[[Tensor], Distribution], x: Tensor, z: Tensor, shape: torch.Size) -> Tensor:
+    """The same for an x that is itself a sample, which an estimator may relax."""
+    p = _checked("likelihood(z)", likelihood(z))
+    return _shaped(log_density(p, x), p, z, x, shape)
+
+
+def distribution_of(source: Any, name: str, *args: Tensor) -> Distribution:
+    """Return what a module (or function) returns, or the distribution given in its place."""
+    return _checked(name, source if isinstance(source, Distribution) else source(*args))
+
+
+def _checked(name: str, q: Any) -> Distribution:
+    if not isinstance(q, Distribution):
+        raise TypeError(f"{name}: found {type(q).__name__}, expected a torch.distributions.Distribution.")
+    return q
+
+
+def _shaped(value: Tensor, p: Distribution, z: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+    if value.shape != shape:
+        raise ValueError(
+            f"likelihood(z): found log p(x | z) of shape {tuple(value.shape)} for z of shape {tuple(z.shape)} and x of "
+            f"shape {tuple(x.shape)}, expected {tuple(shape)}, one number a problem. The likelihood is "
+            f"{type(p).__name__} with batch_shape {tuple(p.batch_shape)} and event_shape {tuple(p.event_shape)}: wrap "
+            "the dims of one x in torch.distributions.Independent."
+        )
+    return value
