@@ -63,6 +63,7 @@ from gradlab.score import ControlVariate, MuProp, ScoreFunction
 from gradlab.stochastic_backprop import StochasticBackprop
 from gradlab.surrogate import attach, descend, magic_box, zero
 from gradlab.svi import ExpectationMaximization, NegativeELBO, expectation_maximization
+from gradlab.training import Fitted, fit
 
 __version__ = "0.1.0"
 
@@ -92,6 +93,7 @@ __all__ = [
     "Enumerate",
     "Estimator",
     "ExpectationMaximization",
+    "Fitted",
     "GeneralizedReparameterization",
     "GumbelRao",
     "GumbelSoftmax",
@@ -136,6 +138,7 @@ __all__ = [
     "descend",
     "expectation_maximization",
     "exponential_annealing",
+    "fit",
     "gumbel",
     "gumbel_max",
     "gumbel_rao",

@@ -29,8 +29,8 @@ SOURCES = {
 }
 PARTS = {6: "II", 11: "III", 15: "IV", 19: "V", 22: "VI"}
 MODULES = """estimator score baselines pathwise paths generalized relaxed rebar coupled exact stochastic_backprop
-quadrature svi multisample samplers gumbel relaxations diagnostics problems distributions families count_laws
-surrogate"""
+quadrature svi multisample training samplers gumbel relaxations diagnostics problems distributions families
+count_laws surrogate"""
 
 
 def main() -> int:

@@ -33,6 +33,7 @@ PUBLIC = [
     "DoubleControlVariate",
     "Enumerate",
     "Estimator",
+    "Fitted",
     "GeneralizedReparameterization",
     "GumbelRao",
     "GumbelSoftmax",
@@ -74,6 +75,7 @@ PUBLIC = [
     "constant_temperature",
     "descend",
     "exponential_annealing",
+    "fit",
     "gumbel",
     "gumbel_max",
     "gumbel_rao",
@@ -122,8 +124,8 @@ LAYERS = [
     {"stochastic_backprop", "score", "pathwise", "generalized", "relaxed", "rebar", "coupled", "exact", "quadrature"},
     {"svi"},
     {"multisample"},
-    {"diagnostics", "problems"},
-    {"experiments"},
+    {"diagnostics", "problems", "checkpoints", "metrics"},
+    {"training", "experiments"},
     {"cli"},
 ]
 
