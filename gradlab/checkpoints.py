@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -69,6 +70,7 @@ def read(path: Path) -> dict[str, Any] | None:
     if not source.exists():
         return None
     try:
+        _check_sums(source)
         state = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a torn or foreign file makes the reader raise
         reason = str(error).strip().partition("\n")[0]
@@ -152,6 +154,13 @@ def _serialised(state: dict[str, Any]) -> memoryview:
             "expected tensors, numbers, strings, lists and dicts. Look at the state_dict() of modules and schedules."
         ) from error
     return buffer.getbuffer()
+
+
+def _check_sums(source: Path) -> None:
+    """Raise if a bit has changed: torch.load does not look at the checksums that torch.save writes."""
+    with ZipFile(source) as archive:
+        if damaged := archive.testzip():
+            raise BadZipFile(f"damaged at {damaged}")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 __all__ = ["Bar", "Journal"]
 
+START = b'{"step": '  # of each line, a torn one too
+
 
 class Journal:
     """Metrics, a JSON object a line."""
@@ -22,6 +24,8 @@ class Journal:
             self._rewind(self.path, step)
 
     def __enter__(self) -> Journal:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = None if self.path is None else open(self.path, "a", encoding="utf-8")
         return self
 
@@ -30,15 +34,25 @@ class Journal:
             self.file.close()
 
     def write(self, line: Mapping[str, Any]) -> None:
-        if self.file is not None:
+        if self.file is None:
+            return
+        try:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"fit: found no way to write a line of the log ({error.strerror or error}), expected room for it; the "
+                "last checkpoint is intact. Make room and run the same command again: it resumes from there",
+                str(self.path),
+            ) from error
 
     def _rewind(self, path: Path, step: int) -> None:
         """Remove a torn last line and what a killed run wrote after its checkpoint; a fresh run keeps the old file."""
         lines = path.read_bytes().splitlines(keepends=True)
         steps = [_step_of(line) for line in lines]
-        if None in steps[:-1]:
+        whole = lines[:-1] if lines and START.startswith(lines[-1][: len(START)]) else lines
+        if None in steps[: len(whole)]:
             raise ValueError(
                 f"fit: found line {steps.index(None) + 1} of {path} to be no metrics, expected one JSON object with a "
                 "step a line. Give another path to log=, or repair the file."

@@ -98,8 +98,10 @@ def fit(
         KeyboardInterrupt: on Ctrl-C, after the step at hand and its checkpoint. A second Ctrl-C does not wait.
 
     Note:
-        Exactness covers randomness in torch, numpy's and Python's global generators and each ``torch.Generator`` that
-        is an attribute of the loader, its dataset or a module; not persistent workers that draw in the dataset.
+        Exactness covers what ``state_dict()`` holds, the global generators of torch, numpy and Python, and each
+        ``torch.Generator`` that is an attribute of the loader, its samplers, its dataset or a module; it does not
+        cover persistent workers that draw random numbers in the dataset. To find its place in an epoch a resume
+        reads the batches that were done. Under DDP give each rank its own files.
 
     >>> class Square(nn.Module):
     ...     def __init__(self):
@@ -116,6 +118,7 @@ def fit(
     run = _Run(loss, loader, optimizer, schedules, clip, device)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)  # fail now, not after an hour
         run.resume(path)
     began, saved = run.step, run.step
     length = _length(loader)

@@ -2,7 +2,6 @@
 
 python tests/trainings.py FOLDER step    kill itself (SIGKILL) after step 17
 python tests/trainings.py FOLDER write   kill itself in the middle of writing the second checkpoint
-python tests/trainings.py FOLDER limit   let the second checkpoint be larger than the disk allows
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def build(shuffle: str = "generator", workers: int = 0) -> dict:
     temperature = {"relaxed.temperature": gl.exponential_annealing(1.0, 0.05, 0.2)}
     return {
         "loss": loss,
-        "loader": DataLoader(Noisy(), 8, shuffle=True, generator=generator, num_workers=workers),
+        "loader": DataLoader(Noisy(), 8, shuffle=shuffle != "none", generator=generator, num_workers=workers),
         "optimizer": optimizer,
         "schedules": [plateau, cosine, temperature],
         "log_every": 4,
@@ -95,8 +94,8 @@ def kill(step: int, values: Tensor) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def nth(function: Callable, n: int, action: Callable[[], object]) -> Callable:
-    """Return the function, which does something else before its n-th call."""
+def before_call(n: int, action: Callable[[], object], function: Callable) -> Callable:
+    """Return the function, with an action before its n-th call."""
     calls = iter(range(1, 1000))
 
     def wrapped(*args):
@@ -110,17 +109,9 @@ def nth(function: Callable, n: int, action: Callable[[], object]) -> Callable:
 def main(folder: str, how: str) -> None:
     """Run the command line."""
     torch.set_default_dtype(torch.float64)  # as in the suite
-    on_step = None
-    if how == "step":
-        on_step = kill
-    elif how == "write":  # each checkpoint syncs its file and its folder
-        os.fsync = nth(os.fsync, 3, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    else:
-        import resource
-
-        limit = 2000  # bytes, below the size of a checkpoint: the system refuses to write more
-        os.replace = nth(os.replace, 1, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    gl.fit(**build(), **files(Path(folder)), steps=26, on_step=on_step)
+    if how == "write":  # each checkpoint syncs its file and its folder
+        os.fsync = before_call(3, lambda: os.kill(os.getpid(), signal.SIGKILL), os.fsync)
+    gl.fit(**build(), **files(Path(folder)), steps=26, on_step=kill if how == "step" else None)
 
 
 if __name__ == "__main__":
