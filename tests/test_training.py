@@ -185,6 +185,22 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     assert same(resumed(tmp_path)[0], expected[0])
 
 
+def test_an_interrupt_while_a_batch_is_read_saves_nothing_inexact(tmp_path, monkeypatch):
+    """Random numbers were drawn for a batch that no step has seen: the last checkpoint is the place to resume from."""
+    expected = uninterrupted(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt = trainings.before_call(8 * 12 + 4, cut_now, trainings.Noisy.__getitem__)
+        patch.setattr(trainings.Noisy, "__getitem__", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            gl.fit(**trainings.build(), **trainings.files(tmp_path), steps=26)
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["step"] == 10
+    assert same(resumed(tmp_path)[0], expected[0])
+
+
+def cut_now() -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("call", range(1, 7))
 def test_every_system_call_of_a_checkpoint_may_fail(tmp_path, monkeypatch, call):
     """Whichever call fails, a whole checkpoint is left."""
