@@ -40,12 +40,12 @@ class Mirror(BaseHTTPRequestHandler):
     """A server whose answer depends on the path: right, wrong, torn, or 404."""
 
     def do_GET(self) -> None:
+        self.seen.append(self.path)  # before the answer: the client may look as soon as it has that
         body = {"/right": CONTENT, "/wrong": b"a page that asks to log in", "/torn": CONTENT}.get(self.path)
         self.send_response(404 if body is None else 200)
         self.send_header("Content-Length", str(len(body or b"")))
         self.end_headers()
         self.wfile.write((body or b"")[: 50 if self.path == "/torn" else None])
-        self.seen.append(self.path)
 
     def log_message(self, *args: object) -> None:
         """Stay silent."""
