@@ -11,7 +11,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 from torch.distributions.utils import broadcast_all
 
-from gradlab.distributions import _expand
+from gradlab.distributions import Family, _expand
 from gradlab.samplers import sample
 
 __all__ = [
@@ -48,7 +48,7 @@ def _draw(probs: Tensor, size: Size) -> Tensor:
     return (u >= probs.cumsum(-1)).sum(-1).clamp_max(probs.shape[-1] - 1)
 
 
-class MeanNegativeBinomial(Distribution):
+class MeanNegativeBinomial(Family):
     r"""The negative binomial law, by its mean m and its dispersion :math:`\alpha`.
 
     .. math:: P(z) = \frac{\Gamma(z+1/\alpha)}{z!\,\Gamma(1/\alpha)}
@@ -70,24 +70,17 @@ class MeanNegativeBinomial(Distribution):
 
     arg_constraints = {"loc": constraints.positive, "dispersion": constraints.positive}
     support = constraints.nonnegative_integer
-    has_rsample = False
 
     def __init__(self, loc, dispersion, validate_args=None):
-        self.loc, self.dispersion = broadcast_all(loc, dispersion)
-        super().__init__(self.loc.shape, validate_args=validate_args)
-
-    def expand(self, batch_shape, _instance=None):
-        return _expand(self, batch_shape, _instance, "loc", "dispersion")
+        super().__init__(loc, dispersion, validate_args=validate_args)
 
     @property
     def probs(self):
         r"""The probability of success in the parameterisation of torch, :math:`\alpha m/(1+\alpha m)`."""
         return self.dispersion * self.loc / (1 + self.dispersion * self.loc)
 
-    def sample(self, sample_shape=Size()):
-        with torch.no_grad():
-            shape = (1 / self.dispersion).expand(self._extended_shape(sample_shape))
-            return torch.poisson(torch._standard_gamma(shape) * self.dispersion * self.loc)
+    def _draw(self, size):
+        return torch.poisson(torch._standard_gamma((1 / self.dispersion).expand(size)) * self.dispersion * self.loc)
 
     def log_prob(self, value):
         if self._validate_args:
@@ -105,7 +98,7 @@ class MeanNegativeBinomial(Distribution):
         return self.loc + self.dispersion * self.loc**2
 
 
-class Skellam(Distribution):
+class Skellam(Family):
     r"""The difference of two Poisson counts, :math:`z = n_1 - n_2`.
 
     .. math:: P(z) = e^{-\lambda_1-\lambda_2}\Big(\frac{\lambda_1}{\lambda_2}\Big)^{z/2}
@@ -127,19 +120,12 @@ class Skellam(Distribution):
 
     arg_constraints = {"rate1": constraints.positive, "rate2": constraints.positive}
     support = constraints.integer_interval(-math.inf, math.inf)
-    has_rsample = False
 
     def __init__(self, rate1, rate2, validate_args=None):
-        self.rate1, self.rate2 = broadcast_all(rate1, rate2)
-        super().__init__(self.rate1.shape, validate_args=validate_args)
+        super().__init__(rate1, rate2, validate_args=validate_args)
 
-    def expand(self, batch_shape, _instance=None):
-        return _expand(self, batch_shape, _instance, "rate1", "rate2")
-
-    def sample(self, sample_shape=Size()):
-        with torch.no_grad():
-            size = self._extended_shape(sample_shape)
-            return torch.poisson(self.rate1.expand(size)) - torch.poisson(self.rate2.expand(size))
+    def _draw(self, size):
+        return torch.poisson(self.rate1.expand(size)) - torch.poisson(self.rate2.expand(size))
 
     @property
     def mean(self):
@@ -150,7 +136,7 @@ class Skellam(Distribution):
         return self.rate1 + self.rate2
 
 
-class ZeroInflatedPoisson(Distribution):
+class ZeroInflatedPoisson(Family):
     r"""A Poisson count that is replaced by 0 with probability g.
 
     .. math:: P(z) = g\,1[z=0] + (1-g)\,e^{-\lambda}\frac{\lambda^z}{z!}
@@ -168,14 +154,9 @@ class ZeroInflatedPoisson(Distribution):
 
     arg_constraints = {"rate": constraints.positive, "gate": constraints.unit_interval}
     support = constraints.nonnegative_integer
-    has_rsample = False
 
     def __init__(self, rate, gate, validate_args=None):
-        self.rate, self.gate = broadcast_all(rate, gate)
-        super().__init__(self.rate.shape, validate_args=validate_args)
-
-    def expand(self, batch_shape, _instance=None):
-        return _expand(self, batch_shape, _instance, "rate", "gate")
+        super().__init__(rate, gate, validate_args=validate_args)
 
     def sample_with_count(self, sample_shape=Size()):
         """Return samples, and the Poisson counts before some were replaced by 0."""
@@ -202,7 +183,7 @@ class ZeroInflatedPoisson(Distribution):
         return (1 - self.gate) * self.rate * (1 + self.gate * self.rate)
 
 
-class CompoundPoisson(Distribution):
+class CompoundPoisson(Family):
     r"""The sum of a Poisson number of exponential jumps, :math:`z = \sum_{i=1}^N J_i`: an amount that may be 0.
 
     .. math:: \log E\,e^{i\omega z} = \lambda\Big(\frac1{1-i\omega b}-1\Big),
@@ -224,20 +205,13 @@ class CompoundPoisson(Distribution):
 
     arg_constraints = {"rate": constraints.positive, "scale": constraints.positive}
     support = constraints.nonnegative
-    has_rsample = False
 
     def __init__(self, rate, scale, validate_args=None):
-        self.rate, self.scale = broadcast_all(rate, scale)
-        super().__init__(self.rate.shape, validate_args=validate_args)
+        super().__init__(rate, scale, validate_args=validate_args)
 
-    def expand(self, batch_shape, _instance=None):
-        return _expand(self, batch_shape, _instance, "rate", "scale")
-
-    def sample(self, sample_shape=Size()):
-        with torch.no_grad():
-            count = torch.poisson(self.rate.expand(self._extended_shape(sample_shape)))
-            total = torch._standard_gamma(count.clamp_min(1.0))
-            return torch.where(count > 0, self.scale * total, 0.0)
+    def _draw(self, size):
+        count = torch.poisson(self.rate.expand(size))
+        return torch.where(count > 0, self.scale * torch._standard_gamma(count.clamp_min(1.0)), 0.0)
 
     @property
     def mean(self):

@@ -370,3 +370,25 @@ def _expand(q, batch_shape, instance, *names):
     Distribution.__init__(new, torch.Size(batch_shape), validate_args=False)
     new._validate_args = q._validate_args
     return new
+
+
+class Family(Distribution):
+    """A distribution that is given by its parameters, in the order of ``arg_constraints``, and sampled by ``_draw``."""
+
+    has_rsample = False
+
+    def __init__(self, *parameters, validate_args=None):
+        names = list(self.arg_constraints)
+        for name, value in zip(names, broadcast_all(*parameters), strict=True):
+            setattr(self, name, value)
+        super().__init__(getattr(self, names[0]).shape, validate_args=validate_args)
+
+    def expand(self, batch_shape, _instance=None):
+        return _expand(self, batch_shape, _instance, *self.arg_constraints)
+
+    def sample(self, sample_shape=torch.Size()):
+        with torch.no_grad():
+            return self._draw(self._extended_shape(sample_shape))
+
+    def _draw(self, size: torch.Size) -> Tensor:
+        raise NotImplementedError

@@ -6,38 +6,15 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
-from torch.distributions.utils import broadcast_all
+from torch.distributions import constraints
 
-from gradlab.distributions import _expand, standard_exponential
+from gradlab.distributions import Family, standard_exponential
 from gradlab.surrogate import attach
 
 __all__ = ["AsymmetricLaplace", "InverseGaussian", "NormalInverseGaussian", "SymmetricStable", "VarianceGamma"]
 
 
-class _Family(Distribution):
-    """A distribution that is given by its parameters, in the order of ``arg_constraints``, and sampled by ``_draw``."""
-
-    has_rsample = False
-
-    def __init__(self, *parameters, validate_args=None):
-        names = list(self.arg_constraints)
-        for name, value in zip(names, broadcast_all(*parameters), strict=True):
-            setattr(self, name, value)
-        super().__init__(getattr(self, names[0]).shape, validate_args=validate_args)
-
-    def expand(self, batch_shape, _instance=None):
-        return _expand(self, batch_shape, _instance, *self.arg_constraints)
-
-    def sample(self, sample_shape=torch.Size()):
-        with torch.no_grad():
-            return self._draw(self._extended_shape(sample_shape))
-
-    def _draw(self, size: torch.Size) -> Tensor:
-        raise NotImplementedError
-
-
-class AsymmetricLaplace(_Family):
+class AsymmetricLaplace(Family):
     r"""A Laplace distribution with one scale for each side: ``loc`` + exponential - exponential.
 
     .. math:: p(z) = \frac{1}{a+b}\begin{cases} e^{-(z-\mathrm{loc})/a} & z \ge \mathrm{loc} \\
@@ -88,7 +65,7 @@ class AsymmetricLaplace(_Family):
         return self.right**2 + self.left**2
 
 
-class VarianceGamma(_Family):
+class VarianceGamma(Family):
     r"""The difference of two gamma variables of one shape: ``loc`` + gamma - gamma.
 
     .. math:: E\,e^{i\omega z} = e^{i\omega\,\mathrm{loc}}\,[(1 - i\omega a)(1 + i\omega b)]^{-k}
@@ -134,7 +111,7 @@ class VarianceGamma(_Family):
         return self.concentration * (self.right**2 + self.left**2)
 
 
-class InverseGaussian(_Family):
+class InverseGaussian(Family):
     r"""The inverse Gaussian: when a Brownian motion with drift first reaches a level.
 
     .. math:: p(z) = \sqrt{\frac{\lambda}{2\pi z^3}}\,\exp\!\Big(-\frac{\lambda (z-m)^2}{2 m^2 z}\Big)
@@ -185,7 +162,7 @@ def inverse_gaussian(mean: Tensor, shape: Tensor, size: torch.Size) -> Tensor:
     return z.clamp(info.tiny, info.max).to(mean.dtype)
 
 
-class NormalInverseGaussian(_Family):
+class NormalInverseGaussian(Family):
     r"""A normal whose variance v is inverse Gaussian, and whose mean moves with it.
 
     .. math:: z = \mathrm{loc} + \beta v + \sqrt v\,\epsilon, \qquad
@@ -266,7 +243,7 @@ class _Between(constraints.Constraint):
         return "0 < stability < 2 (for 2, use a Normal of scale sqrt(2) * scale)"
 
 
-class SymmetricStable(_Family):
+class SymmetricStable(Family):
     r"""The symmetric stable distribution: Cauchy at stability 1; a normal would have 2.
 
     .. math:: E\,e^{i\omega z} = e^{i\omega\,\mathrm{loc} - |\omega c|^\alpha}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -432,31 +433,16 @@ RULES: dict[str, Callable[..., Any]] = {
     "detach": lambda x: x.terms[0].detach(),
     "zeros_like": lambda x, **kw: torch.zeros_like(x.terms[0], **kw),
     "ones_like": lambda x, **kw: torch.ones_like(x.terms[0], **kw),
-    "gt": lambda a, b: _value(a) > _value(b),
-    "lt": lambda a, b: _value(a) < _value(b),
-    "ge": lambda a, b: _value(a) >= _value(b),
-    "le": lambda a, b: _value(a) <= _value(b),
-    "eq": lambda a, b: _value(a) == _value(b),
-    "__gt__": lambda a, b: _value(a) > _value(b),
-    "__lt__": lambda a, b: _value(a) < _value(b),
-    "__ge__": lambda a, b: _value(a) >= _value(b),
-    "__le__": lambda a, b: _value(a) <= _value(b),
-    "__add__": lambda a, b: b + a if isinstance(b, Taylor) else a + b,
-    "__radd__": lambda a, b: b + a if isinstance(b, Taylor) else a + b,
-    "__sub__": lambda a, b: _both(a, b)[0] - b,
-    "__rsub__": lambda a, b: _both(b, a)[0] - a,
-    "__mul__": lambda a, b: _product(torch.mul, a, b),
-    "__rmul__": lambda a, b: _product(torch.mul, b, a),
-    "__truediv__": _divide,
-    "__rtruediv__": lambda a, b: _divide(b, a),
-    "__div__": _divide,
-    "__rdiv__": lambda a, b: _divide(b, a),
-    "__pow__": _power,
-    "__rpow__": lambda a, b: _power(b, a),
-    "__matmul__": lambda a, b: _product(torch.matmul, a, b),
-    "__rmatmul__": lambda a, b: _product(torch.matmul, b, a),
 }
 """What torch's functions do to a series, by name."""
+
+for _compare in (operator.gt, operator.lt, operator.ge, operator.le, operator.eq):
+    RULES[_compare.__name__] = lambda a, b, compare=_compare: compare(_value(a), _value(b))
+    RULES[f"__{_compare.__name__}__"] = RULES[_compare.__name__]
+for _name in ("add", "sub", "mul", "div", "true_divide", "pow", "matmul"):
+    _operator = _name.replace("true_divide", "truediv")
+    RULES[f"__{_operator}__"] = RULES[_name]
+    RULES[f"__r{_operator}__"] = lambda a, b, rule=RULES[_name]: rule(b, a)
 
 
 def _einsum(equation: str, *parts: Any) -> Taylor:

@@ -8,9 +8,12 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 
+from gradlab.rules.jumps import exponential, gamma, place, unit
 from gradlab.rules.registry import (
     Rule,
     Shift,
+    location,
+    location_remainder,
     register_cumulants,
     register_gammas,
     register_log_cf,
@@ -19,21 +22,6 @@ from gradlab.rules.registry import (
 )
 
 # ----------------------------------------------------------------------------------------------------------- jumps
-
-
-def unit(z: Tensor) -> td.Distribution:
-    """Uniform on (0, 1), one a sample."""
-    return td.Uniform(torch.zeros_like(z), torch.ones_like(z), validate_args=False)
-
-
-def exponential(z: Tensor) -> td.Distribution:
-    """Exponential(1), one a sample."""
-    return td.Exponential(torch.ones_like(z), validate_args=False)
-
-
-def erlang(size: int, z: Tensor) -> td.Distribution:
-    """Gamma(size, 1), one a sample."""
-    return td.Gamma(torch.full_like(z, size), torch.ones_like(z), validate_args=False)
 
 
 def positive(v: Tensor) -> Tensor:
@@ -53,10 +41,9 @@ def resolved(v: Tensor, z: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- normal
 
 
-@register_rule(td.Normal, "loc", 1)
-@register_rule(td.Laplace, "loc", 1)
-def _loc(p, z):
-    return [Shift(torch.ones_like(z), None, 1)]
+for _law in (td.Normal, td.Laplace):
+    register_rule(_law, "loc", 1)(location)
+    register_remainder(_law, "loc")(location_remainder)
 
 
 @register_rule(td.Normal, "scale", 2)
@@ -86,7 +73,7 @@ def _one_exponential(p, z):
     return (exponential(z),)
 
 
-@register_rule(td.Laplace, "scale", 0, lambda p, z: (erlang(3, z),))
+@register_rule(td.Laplace, "scale", 0, lambda p, z: (gamma(3, z),))
 def _laplace_divided(p, z, g):
     r""":math:`2b\,E[(f(z + G) + f(z - G) - 2f(z)) / G^2]`, G ~ Gamma(3, rate 1/b).
 
@@ -137,12 +124,6 @@ def _laplace_remainder(order: int) -> Rule:
         ]
 
     return Rule(shifts, _double, 2 * terms)
-
-
-@register_remainder(td.Laplace, "loc")
-@register_remainder(td.Normal, "loc")
-def _loc_remainder(order: int) -> Rule:
-    return Rule(_loc, lambda p, z: (), 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- gamma
@@ -201,8 +182,8 @@ def _shape(p: td.Distribution) -> Tensor:
     return p.concentration if isinstance(p, td.Gamma) else torch.ones_like(p.rate)
 
 
-@register_rule(td.Exponential, "rate", 0, lambda p, z: (erlang(2, z),))
-@register_rule(td.Gamma, "rate", 0, lambda p, z: (erlang(2, z),))
+@register_rule(td.Exponential, "rate", 0, lambda p, z: (gamma(2, z),))
+@register_rule(td.Gamma, "rate", 0, lambda p, z: (gamma(2, z),))
 def _gamma_rate_divided(p, z, g):
     r""":math:`-(k/\beta^2)\,E[(f(z + G) - f(z)) / G]`, G ~ Gamma(2, :math:`\beta`); an exponential has shape k = 1.
 
@@ -264,18 +245,13 @@ def _gamma_rate_remainder(order: int) -> Rule:
 def _gamma_shape_remainder(order: int) -> Rule:
     r""":math:`\sum_{n<N} \beta^{-n} f^{(n)}(z)/n + \beta^{-N} f^{(N)}(z + BG)/N`, B ~ Beta(1, N), G ~ Gamma(N)."""
 
-    def jumps(p, z):
-        size = torch.full_like(z, order)
-        one = torch.ones_like(z)
-        return td.Beta(one, size, validate_args=False), td.Gamma(size, one, validate_args=False)
-
     def shifts(p, z, b, g):
         def weight(n: int) -> Tensor:
             return (1 / (n * p.rate**n)).expand_as(z)
 
         return [*(Shift(weight(n), None, n) for n in range(1, order)), Shift(weight(order), z + b * g / p.rate, order)]
 
-    return Rule(shifts, jumps, order)
+    return Rule(shifts, lambda p, z: (place(order, z), gamma(order, z)), order)
 
 
 # ------------------------------------------------------------------------------------------------ beta, Dirichlet

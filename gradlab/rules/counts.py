@@ -19,6 +19,7 @@ from gradlab.count_laws import (
     Skellam,
     ZeroInflatedPoisson,
 )
+from gradlab.rules.jumps import place, unit
 from gradlab.rules.registry import (
     LATENTS,
     Rule,
@@ -60,8 +61,7 @@ def _step(sign: int):
 
     def remainder(order: int) -> Rule:
         def jumps(p, z):
-            one = torch.ones_like(z)
-            return (td.Beta(one, order * one, validate_args=False),)
+            return (place(order, z),)
 
         def shifts(p, z, b):
             def weight(n: int) -> Tensor:
@@ -171,11 +171,6 @@ def _binomial(p, z, u):
 @register_log_cf(td.Binomial)
 def _binomial_log_cf(p, omega):
     return p.total_count * torch.log(1 + p.probs * (torch.exp(1j * omega) - 1))
-
-
-def unit(z: Tensor) -> td.Distribution:
-    """Return a uniform for each number of z."""
-    return td.Uniform(torch.zeros_like(z), torch.ones_like(z), validate_args=False)
 
 
 @register_rule(td.Multinomial, "probs", 0, lambda p, z: (unit(z[..., 0]),))

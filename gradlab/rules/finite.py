@@ -6,7 +6,7 @@ import torch
 import torch.distributions as td
 
 from gradlab.count_laws import Cliques, Delta
-from gradlab.rules.registry import Rule, Shift, no_jumps, register_derived, register_rule
+from gradlab.rules.registry import Rule, Shift, location, no_jumps, register_derived, register_rule
 
 
 @register_rule(td.Bernoulli, "probs")
@@ -45,7 +45,4 @@ def _cliques(p):
     return {f"clique{c}.probs": {0: rule(c)} for c in range(len(p.blocks))}
 
 
-@register_rule(Delta, "loc", 1)
-def _delta(p, z):
-    """Backpropagation."""
-    return [Shift(torch.ones_like(z), None, 1)]
+register_rule(Delta, "loc", 1)(location)  # backpropagation

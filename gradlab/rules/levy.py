@@ -24,11 +24,14 @@ from gradlab.families import (
     SymmetricStable,
     VarianceGamma,
 )
-from gradlab.rules.continuous import erlang, exponential, frullani, positive, resolved, unit
+from gradlab.rules.continuous import frullani, positive, resolved
+from gradlab.rules.jumps import exponential, gamma, place, unit
 from gradlab.rules.registry import (
     LATENTS,
     Rule,
     Shift,
+    location,
+    location_remainder,
     register_cumulants,
     register_log_cf,
     register_remainder,
@@ -43,18 +46,14 @@ def _shape(p: td.Distribution) -> Tensor:
     return p.concentration if isinstance(p, VarianceGamma) else torch.ones_like(p.loc)
 
 
-@register_rule(AsymmetricLaplace, "loc", 1)
-@register_rule(VarianceGamma, "loc", 1)
-@register_rule(NormalInverseGaussian, "loc", 1)
-@register_rule(SymmetricStable, "loc", 1)
-@register_rule(td.StudentT, "loc", 1)
-@register_rule(td.Cauchy, "loc", 1)
-def _loc(p, z, *hidden):
-    return [Shift(torch.ones_like(z), None, 1)]
+for _law in (AsymmetricLaplace, VarianceGamma, NormalInverseGaussian, SymmetricStable, td.StudentT, td.Cauchy):
+    register_rule(_law, "loc", 1)(location)
+for _law in (AsymmetricLaplace, VarianceGamma, NormalInverseGaussian):
+    register_remainder(_law, "loc")(location_remainder)
 
 
-@register_rule(AsymmetricLaplace, "right", 0, lambda p, z: (erlang(2, z),))
-@register_rule(VarianceGamma, "right", 0, lambda p, z: (erlang(2, z),))
+@register_rule(AsymmetricLaplace, "right", 0, lambda p, z: (gamma(2, z),))
+@register_rule(VarianceGamma, "right", 0, lambda p, z: (gamma(2, z),))
 def _right_divided(p, z, g):
     r""":math:`k\,E[(f(z + aG) - f(z)) / (aG)]`, G ~ Gamma(2, 1): order 1 with the place on the jump integrated out."""
     jump = resolved(g, z / p.right)
@@ -68,8 +67,8 @@ def _right_first(p, z, v):
     return [Shift(_shape(p).expand_as(z), z + p.right * v, 1)]
 
 
-@register_rule(AsymmetricLaplace, "left", 0, lambda p, z: (erlang(2, z),))
-@register_rule(VarianceGamma, "left", 0, lambda p, z: (erlang(2, z),))
+@register_rule(AsymmetricLaplace, "left", 0, lambda p, z: (gamma(2, z),))
+@register_rule(VarianceGamma, "left", 0, lambda p, z: (gamma(2, z),))
 def _left_divided(p, z, g):
     jump = resolved(g, z / p.left)
     return [Shift(_shape(p) / (p.left * jump), z - p.left * jump)]
@@ -136,9 +135,7 @@ _side_remainder("left", -1)
 @register_remainder(VarianceGamma, "concentration")
 def _variance_gamma_shape_remainder(order: int) -> Rule:
     def jumps(p, z):
-        size, one = torch.full_like(z, order), torch.ones_like(z)
-        gamma = td.Gamma(size, one, validate_args=False)
-        return td.Beta(one, size, validate_args=False), gamma, gamma
+        return place(order, z), gamma(order, z), gamma(order, z)
 
     def shifts(p, z, b, up, down):
         def pair(n: int, up: Tensor | None = None, down: Tensor | None = None) -> list[Shift]:
@@ -151,18 +148,7 @@ def _variance_gamma_shape_remainder(order: int) -> Rule:
     return Rule(shifts, jumps, order)
 
 
-@register_remainder(AsymmetricLaplace, "loc")
-@register_remainder(VarianceGamma, "loc")
-@register_remainder(NormalInverseGaussian, "loc")
-def _loc_remainder(order: int) -> Rule:
-    return Rule(_loc, lambda p, z: (), 1)
-
-
 # ---------------------------------------------------------------------------------------------- inverse Gaussian
-
-
-def _gamma(shape: float):
-    return lambda p, z: (td.Gamma(torch.full_like(z, shape), torch.ones_like(z), validate_args=False),)
 
 
 def _size(mean: Tensor, shape: Tensor) -> Tensor:
@@ -170,7 +156,7 @@ def _size(mean: Tensor, shape: Tensor) -> Tensor:
     return 2 * mean**2 / shape
 
 
-@register_rule(InverseGaussian, "loc", 1, lambda p, z: (unit(z), *_gamma(1.5)(p, z)))
+@register_rule(InverseGaussian, "loc", 1, lambda p, z: (unit(z), gamma(1.5, z)))
 def _inverse_gaussian_mean_first(p, z, u, g):
     r""":math:`E f'(z + UG)`, G ~ Gamma(3/2, scale :math:`2m^2/\lambda`), U uniform.
 
@@ -180,7 +166,7 @@ def _inverse_gaussian_mean_first(p, z, u, g):
     return [Shift(torch.ones_like(z), z + _size(p.loc, p.concentration) * u * g, 1)]
 
 
-@register_rule(InverseGaussian, "loc", 0, _gamma(0.5))
+@register_rule(InverseGaussian, "loc", 0, lambda p, z: (gamma(0.5, z),))
 def _inverse_gaussian_mean(p, z, g):
     r""":math:`(\lambda/m^2)\,E[f(z + G) - f(z)]`, G ~ Gamma(1/2, scale :math:`2m^2/\lambda`)."""
     return [Shift((p.concentration / p.loc**2).expand_as(z), z + _size(p.loc, p.concentration) * g)]
@@ -190,14 +176,14 @@ def _by_shape(mean: Tensor, g: Tensor) -> Tensor:
     return (1 / (2 * g) - 1) / (2 * mean)
 
 
-@register_rule(InverseGaussian, "concentration", 0, _gamma(0.5))
+@register_rule(InverseGaussian, "concentration", 0, lambda p, z: (gamma(0.5, z),))
 def _inverse_gaussian_shape(p, z, g):
     r""":math:`E[(f(z + G) - f(z))\,(m/(2\lambda G) - 1/(2m))]`, G ~ Gamma(1/2, scale :math:`2m^2/\lambda`)."""
     g = resolved(g, z / _size(p.loc, p.concentration))
     return [Shift(_by_shape(p.loc, g), z + _size(p.loc, p.concentration) * g)]
 
 
-@register_rule(InverseGaussian, "concentration", 1, lambda p, z: (unit(z), *_gamma(0.5)(p, z)))
+@register_rule(InverseGaussian, "concentration", 1, lambda p, z: (unit(z), gamma(0.5, z)))
 def _inverse_gaussian_shape_first(p, z, u, g):
     size = _size(p.loc, p.concentration)
     return [Shift((1 / 2 - g) * size / (2 * p.loc), z + size * u * g, 1)]
@@ -223,8 +209,7 @@ def _inverse_gaussian_mean_remainder(order: int) -> Rule:
     r"""The series, and its last derivative at z + BG, B ~ Beta(1, N), G ~ Gamma(N + 1/2)."""
 
     def jumps(p, z):
-        size = torch.full_like(z, order)
-        return td.Beta(torch.ones_like(z), size, validate_args=False), *_gamma(order + 0.5)(p, z)
+        return place(order, z), gamma(order + 0.5, z)
 
     def shifts(p, z, b, g):
         def weight(n: int) -> Tensor:
@@ -258,7 +243,7 @@ def _nig_skewness(p, z, v):
     return [Shift(v, None, 1)]
 
 
-@register_rule(NormalInverseGaussian, "mixing_mean", 1, lambda p, z: (unit(z), *_gamma(1.5)(p, z)))
+@register_rule(NormalInverseGaussian, "mixing_mean", 1, lambda p, z: (unit(z), gamma(1.5, z)))
 def _nig_mean_first(p, z, v, u, g):
     r""":math:`E F'(v + UG)`, with :math:`F(v) = f(\mathrm{loc} + \beta v + \sqrt v\,\epsilon)`.
 
@@ -270,14 +255,14 @@ def _nig_mean_first(p, z, v, u, g):
     return [Shift(p.skewness + noise / (2 * (v + jump).sqrt()), _moved(p, z, v, jump), 1)]
 
 
-@register_rule(NormalInverseGaussian, "mixing_mean", 0, _gamma(0.5))
+@register_rule(NormalInverseGaussian, "mixing_mean", 0, lambda p, z: (gamma(0.5, z),))
 def _nig_mean(p, z, v, g):
     r"""The rule of the inverse Gaussian for F."""
     jump = _size(p.mixing_mean, p.mixing_shape) * g
     return [Shift((p.mixing_shape / p.mixing_mean**2).expand_as(z), _moved(p, z, v, jump))]
 
 
-@register_rule(NormalInverseGaussian, "mixing_shape", 0, _gamma(0.5))
+@register_rule(NormalInverseGaussian, "mixing_shape", 0, lambda p, z: (gamma(0.5, z),))
 def _nig_shape(p, z, v, g):
     g = resolved(g, v / _size(p.mixing_mean, p.mixing_shape))
     return [Shift(_by_shape(p.mixing_mean, g), _moved(p, z, v, _size(p.mixing_mean, p.mixing_shape) * g))]

@@ -6,15 +6,14 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 
-from gradlab.rules.registry import LATENTS, Shift, register_rule
+from gradlab.rules.jumps import unit
+from gradlab.rules.registry import LATENTS, Shift, location, register_rule
 
 # ------------------------------------------------------------------------------------------------- multivariate normal
 
 
-@register_rule(td.MultivariateNormal, "loc", 1)
-@register_rule(td.LowRankMultivariateNormal, "loc", 1)
-def _loc(p, z):
-    return [Shift(torch.ones_like(z), None, 1)]
+for _law in (td.MultivariateNormal, td.LowRankMultivariateNormal):
+    register_rule(_law, "loc", 1)(location)
 
 
 def _eye(z: Tensor) -> Tensor:
@@ -120,9 +119,8 @@ def _entries(z: Tensor, law: td.Distribution) -> td.Distribution:
 
 def _chi_jumps(p, z):
     like = z[..., 0]
-    unit = td.Uniform(torch.zeros_like(like), torch.ones_like(like), validate_args=False)
     jump = td.Exponential(torch.full_like(like, 0.5), validate_args=False)
-    return _entries(z, unit), _entries(z, jump)
+    return _entries(z, unit(like)), _entries(z, jump)
 
 
 @register_rule(td.Wishart, "df", 1, _chi_jumps)

@@ -8,7 +8,7 @@ import torch
 import torch.distributions as td
 
 from gradlab.distributions import Logistic
-from gradlab.rules.registry import Shift, register_rule
+from gradlab.rules.registry import Shift, location, register_rule
 from gradlab.special import von_mises_grad
 
 # --------------------------------------------------------------------------------------------------------- uniform
@@ -42,12 +42,8 @@ def _low_path(p, z):
 # ------------------------------------------------------------------------------------------------------- von Mises
 
 
-@register_rule(td.VonMises, "loc", 1)
-@register_rule(td.Gumbel, "loc", 1)
-@register_rule(Logistic, "loc", 1)
-def _loc(p, z):
-    r""":math:`E f'`; on the circle f must have period :math:`2\pi`, else its jump at the cut is missed."""
-    return [Shift(torch.ones_like(z), None, 1)]
+for _law in (td.VonMises, td.Gumbel, Logistic):
+    register_rule(_law, "loc", 1)(location)
 
 
 @register_rule(td.VonMises, "concentration", 1)

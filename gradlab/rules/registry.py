@@ -136,6 +136,16 @@ def register_rule(
     return register
 
 
+def location(p: Distribution, z: Tensor, *hidden: Tensor) -> Sequence[Shift]:
+    r"""The rule of every location: :math:`E f'`. On a circle f must have its period, else the cut is missed."""
+    return [Shift(torch.ones_like(z), None, 1)]
+
+
+def location_remainder(order: int) -> Rule:
+    """The series of a location ends with its first term."""
+    return Rule(location, no_jumps, 1)
+
+
 def register_remainder(cls: type[Distribution], parameter: str) -> Callable[[Callable[[int], Rule]], Callable]:
     """Register the decorated function, ``N -> Rule``, as GSB-N with its exact remainder."""
 
