@@ -122,16 +122,23 @@ def set_random_state(state: Mapping[str, Any], generators: Mapping[str, torch.Ge
 def find_generators(loss: nn.Module, loader: object) -> dict[str, torch.Generator]:
     """Return every torch.Generator that the loader, its samplers, its dataset or a module holds, by name.
 
+    A list of generators counts, too.
+
     >>> list(find_generators(nn.Identity(), torch.utils.data.DataLoader([1, 2], generator=torch.Generator())))
     ['loader.generator']
     """
     owners = [*_parts("loader", loader), *((f"loss.{name}", module) for name, module in loss.named_modules())]
     return {
-        f"{where}.{name}": value
+        f"{where}.{name}{i}": generator
         for where, owner in owners
         for name, value in getattr(owner, "__dict__", {}).items()
-        if isinstance(value, torch.Generator)
+        for i, generator in (_numbered(value) if isinstance(value, list) else [("", value)])
+        if isinstance(generator, torch.Generator)
     }
+
+
+def _numbered(values: list[Any]) -> list[tuple[str, Any]]:
+    return [(f".{i}", value) for i, value in enumerate(values)]
 
 
 def _parts(where: str, owner: object) -> Iterator[tuple[str, object]]:

@@ -75,7 +75,8 @@ class LocalExpectation(Estimator):
     .. math:: \nabla E_q[f] = \sum_{j=1}^d E_{z_{-j}}\Big[\sum_{k=1}^K \nabla\pi_{jk}\,f(z_{-j}, k)\Big]
 
     Exact for one factor, and for a cost that is a sum over factors. For a parameter of one factor, its variance never
-    exceeds that of the score function with as many samples. f is evaluated without a graph, except at the samples.
+    exceeds that of the score function with as many samples. f is evaluated without a graph, except at the samples, and
+    not at all beyond them under ``torch.no_grad()``.
 
     Args:
         num_samples: S.
@@ -119,7 +120,10 @@ class LocalExpectation(Estimator):
         return sample(q, torch.Size([self.num_samples]))
 
     def estimate(self, q: Distribution, f: Cost, noise: Tensor, context: Tensor | None = None) -> Tensor:
-        cost, values, index = f(noise), values_of(q), index_of(q, noise)  # [S, *B], [K, *F], [S, *B, d]
+        cost = f(noise)  # [S, *B]
+        if not torch.is_grad_enabled():
+            return cost.mean(0)
+        values, index = values_of(q), index_of(q, noise)  # [K, *F], [S, *B, d]
         turns = torch.arange(1, len(values), device=index.device).reshape(-1, *(1 for _ in index.shape))
         others = (index + turns) % len(values)  # [K - 1, S, *B, d]
         flipped = replace_each(q, f, noise, values[others], self.chunk_size)  # [K - 1, d, S, *B]

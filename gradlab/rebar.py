@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
@@ -70,7 +69,7 @@ class _Relaxing(_ControlVariate):
         logits = logits_of(q).expand(hard.shape)  # [S, *B, *E]: a gradient for each sample
         own, train = self._trained(logits)
         x, twin = logits + noise.noise, logits + rule.given(logits, hard, noise.fresh)
-        cost, at_x, at_twin = self._control(f, hard, x, twin, rule, own, context)  # [S, *B] each
+        cost, at_x, at_twin = self._control(q, f, hard, x, twin, own, context)  # [S, *B] each
         loss = (magic_box(q.log_prob(hard)) * (cost - at_twin) + at_x).mean(0)
         if not train:
             return loss
@@ -82,11 +81,11 @@ class _Relaxing(_ControlVariate):
     @abstractmethod
     def _control(
         self,
+        q: Distribution,
         f: Cost,
         hard: Tensor,
         x: Tensor,
         twin: Tensor,
-        rule: Discrete,
         own: dict[str, Tensor],
         context: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,11 +93,14 @@ class _Relaxing(_ControlVariate):
 
 
 def _relaxed_cost(
-    f: Cost, hard: Tensor, x: Tensor, twin: Tensor, rule: Discrete, own: dict[str, Tensor]
+    q: Distribution, f: Cost, hard: Tensor, x: Tensor, twin: Tensor, own: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Return f(b), and :math:`c = \eta f(\sigma_\tau) + \beta` at x and at its twin, from one call of f."""
     tau, eta, offset = own["log_temperature"].exp(), own["coefficient"], own["offset"]
-    cost, at_x, at_twin = f(torch.cat([hard, rule.soften(x, tau), rule.soften(twin, tau)])).chunk(3)
+    if tau.ndim:
+        tau = tau.reshape(tau.shape + (1,) * len(q.event_shape))
+    soft, twin = discrete(q).soften(torch.stack([x, twin]), tau)
+    cost, at_x, at_twin = f(torch.cat([hard, soft, twin])).chunk(3)
     return cost, eta * at_x + offset, eta * at_twin + offset
 
 
@@ -115,7 +117,8 @@ class REBAR(_Relaxing):
 
     Args:
         num_samples: S; f is evaluated at 3 S points, two thirds of them relaxed.
-        temperature: where :math:`\tau` starts.
+        temperature: where :math:`\tau` starts. A tensor that broadcasts with the batch of q, such as ``[R, 1]`` for R
+            runs of ``[R, N]`` problems, learns a temperature, coefficient and offset for each of its entries.
         coefficient: where :math:`\eta` starts; 0 is the plain score function.
 
     Reference:
@@ -141,15 +144,15 @@ class REBAR(_Relaxing):
         reference="Tucker et al. (2017), https://arxiv.org/abs/1703.07370",
     )
 
-    def __init__(self, num_samples: int = 1, temperature: float = 0.5, coefficient: float = 1.0) -> None:
+    def __init__(self, num_samples: int = 1, temperature: float | Tensor = 0.5, coefficient: float = 1.0) -> None:
         super().__init__(num_samples)
         self.log_temperature, self.coefficient, self.offset = _scalars(temperature, coefficient)
 
     def evaluations(self, q: Distribution) -> int:
         return 3 * self.num_samples
 
-    def _control(self, f, hard, x, twin, rule, own, context):
-        return _relaxed_cost(f, hard, x, twin, rule, own)
+    def _control(self, q, f, hard, x, twin, own, context):
+        return _relaxed_cost(q, f, hard, x, twin, own)
 
 
 class RELAX(_Relaxing):
@@ -192,7 +195,7 @@ class RELAX(_Relaxing):
         reference="Grathwohl et al. (2018), https://arxiv.org/abs/1711.00123",
     )
 
-    def __init__(self, critic: nn.Module, num_samples: int = 1, temperature: float | None = None) -> None:
+    def __init__(self, critic: nn.Module, num_samples: int = 1, temperature: float | Tensor | None = None) -> None:
         super().__init__(num_samples)
         self.critic = _checked_critic(critic)
         self.relaxes = temperature is not None
@@ -202,8 +205,8 @@ class RELAX(_Relaxing):
     def evaluations(self, q: Distribution) -> int:
         return (3 if self.relaxes else 1) * self.num_samples
 
-    def _control(self, f, hard, x, twin, rule, own, context):
-        cost, at_x, at_twin = _relaxed_cost(f, hard, x, twin, rule, own) if self.relaxes else (f(hard), 0.0, 0.0)
+    def _control(self, q, f, hard, x, twin, own, context):
+        cost, at_x, at_twin = _relaxed_cost(q, f, hard, x, twin, own) if self.relaxes else (f(hard), 0.0, 0.0)
         c_x, c_twin = _criticize(self.critic, own, torch.cat([x, twin]), cost.shape[1:], context).chunk(2)
         return cost, at_x + c_x, at_twin + c_twin
 
@@ -353,11 +356,12 @@ def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x.sum(dims) if dims else x
 
 
-def _scalars(temperature: float, coefficient: float) -> list[nn.Parameter]:
-    """Return the three parameters of a relaxed control variate."""
-    if not temperature > 0:
+def _scalars(temperature: float | Tensor, coefficient: float) -> list[nn.Parameter]:
+    """Return the three parameters of a relaxed control variate, each of the shape of the temperature."""
+    tau = temperature.detach() if isinstance(temperature, Tensor) else torch.tensor(float(temperature))
+    if not (tau > 0).all():
         raise ValueError(f"found temperature={temperature}, expected a positive number.")
-    return [nn.Parameter(torch.tensor(x)) for x in (math.log(temperature), float(coefficient), 0.0)]
+    return [nn.Parameter(x) for x in (tau.log(), torch.full_like(tau, coefficient), torch.zeros_like(tau))]
 
 
 def _checked_critic(critic: nn.Module) -> nn.Module:

@@ -124,8 +124,9 @@ LAYERS = [
     {"stochastic_backprop", "score", "pathwise", "generalized", "relaxed", "rebar", "coupled", "exact", "quadrature"},
     {"svi"},
     {"multisample"},
-    {"diagnostics", "problems", "checkpoints", "metrics"},
-    {"training", "experiments"},
+    {"diagnostics", "problems", "checkpoints", "metrics", "catalogue"},
+    {"training"},
+    {"experiments"},
     {"cli"},
 ]
 
