@@ -11,7 +11,7 @@ from torch.distributions import Distribution
 
 from gradlab.distributions import has_moving_support, tensors
 from gradlab.estimator import Cost, Estimator, Traits, value_and_slope
-from gradlab.gumbel import Discrete, discrete, is_relaxable, logits_of
+from gradlab.gumbel import discrete, is_relaxable, logits_of
 from gradlab.paths import draw, has_path, path
 from gradlab.samplers import noise_of, sample
 from gradlab.surrogate import descend, is_transformed, magic_box, stand_in, zero

@@ -19,6 +19,7 @@ et al. (2017), and its prior is uniform.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -149,7 +150,7 @@ def counts(levels: int) -> Law:
 
 def layers(runs: int, *widths: int, activation: type[nn.Module] = nn.Tanh) -> list[nn.Module]:
     """Return affine layers with an activation between any two."""
-    pairs = zip(widths, widths[1:], strict=False)
+    pairs = pairwise(widths)
     return [layer for pair in pairs for layer in (activation(), Affine(runs, *pair))][1:]
 
 
@@ -157,7 +158,7 @@ def build(
     model: str,
     mean: Tensor,
     levels: int,
-    estimator: Callable[[int, nn.Module], Estimator],
+    estimator: Callable[[int, int, nn.Module], Estimator],
     seeds: Sequence[int],
     sizes: Sizes = LARGE,
 ) -> NegativeELBO:
@@ -195,7 +196,7 @@ def _build(
     def decoder(first: nn.Module, *widths: int, activation: type[nn.Module] = nn.Tanh) -> Conditional:
         net = layers(runs, *widths, pixels, activation=activation)
         odds = (mean / levels).clamp(1e-3, 1 - 1e-3).logit()
-        net[-1].bias.data.copy_(odds.expand_as(net[-1].bias))
+        net[-1].load_state_dict({**net[-1].state_dict(), "bias": odds.expand(runs, 1, -1)})
         return Conditional(nn.Sequential(first, *net), counts(levels))
 
     if "categorical" in model:
@@ -235,9 +236,9 @@ def make_estimator(
         temperature = torch.full((runs, 1), 0.5)
         if name == "rebar":
             return REBAR(num_samples, temperature)
-        critic = nn.Sequential(flatten, *layers(runs, units, 100, 1))
-        nn.init.zeros_(critic[-1].weight)
-        nn.init.zeros_(critic[-1].bias)
-        return RELAX(critic, num_samples, temperature)
+        *first, last = layers(runs, units, 100, 1)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        return RELAX(nn.Sequential(flatten, *first, last), num_samples, temperature)
 
     return estimator

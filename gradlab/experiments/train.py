@@ -25,7 +25,7 @@ from gradlab.surrogate import zero
 from gradlab.svi import NegativeELBO
 from gradlab.training import fit
 
-__all__ = ["DATA", "Experiment", "Images", "Runs", "load", "test_bound", "train"]
+__all__ = ["DATA", "Experiment", "Images", "Runs", "bound", "load", "train"]
 
 
 class Images(NamedTuple):
@@ -254,7 +254,7 @@ class _Watch:
             "log_variance": results.rounded(log_variance(self.optimizer, guide_of(self.runs.elbo))),
         }
         if epoch in self.tests:
-            line["test"] = results.rounded(test_bound(self.runs.elbo, self.test, len(values), self.experiment))
+            line["test"] = results.rounded(bound(self.runs.elbo, self.test, len(values), self.experiment))
         self.clock = time.perf_counter()
         return line
 
@@ -280,7 +280,7 @@ def log_variance(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> 
     return torch.cat(found, 1).mean(1).log()
 
 
-def test_bound(elbo: NegativeELBO, test: Tensor, runs: int, experiment: Experiment, rows: int = 500) -> Tensor:
+def bound(elbo: NegativeELBO, test: Tensor, runs: int, experiment: Experiment, rows: int = 500) -> Tensor:
     """Return the lower bound of log p by importance sampling, the mean over the test images, ``[R]``.
 
     It has random numbers of its own, the same at each call.
