@@ -22,11 +22,12 @@ LIMIT = 2**12  # evaluations of f for one gradient
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     args = _parser().parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     if args.command == "problems":
         width = max(map(len, PROBLEMS))
         print("\n".join(f"{p.name.ljust(width)}  {p.summary}" for p in PROBLEMS.values()))
         return 0
-    if args.command == "data":
+    if args.command not in ("compare", "problems"):
         from gradlab.experiments import command
 
         return command.run(args)
@@ -105,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="seed of the random numbers (default 0)")
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
     _data_parser(commands)
+    _train_parser(commands)
+    _reproduce_parser(commands)
+    _report_parser(commands)
     return parser
 
 
@@ -120,6 +124,78 @@ def _data_parser(commands: argparse._SubParsersAction) -> None:
     fetch = actions.add_parser("fetch", help="download files that the folder lacks")
     fetch.add_argument("name", metavar="NAME", help="a group such as mnist, or a file that `gradlab data list` shows")
     actions.add_parser("verify", help="compare every file of the folder with its sha256")
+
+
+MODELS = ("one-layer-sbn", "two-layer-sbn", "bernoulli-vae", "one-layer-categorical", "categorical-vae")
+TRAINABLE = (
+    "score-loo", "gumbel-softmax", "st-gumbel-softmax", "straight-through", "gumbel-rao", "reinmax", "rebar", "relax",
+    "double-cv", "disarm", "local-expectation",
+)  # fmt: skip
+TARGETS = ("figure1", "figure2", "figure3", "variance", "table1", "table2", "table3")
+
+
+def _train_parser(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser(
+        "train",
+        help="train a discrete latent variable model with one estimator",
+        description="All seeds train as one batched model. The result is a JSON file with the training bound, the "
+        "variance of the gradient and the test bound by epochs, beside a log and a checkpoint: the same command goes "
+        "on where it was stopped, exactly.",
+        epilog="example: gradlab train --model categorical-vae --data digits --seeds 0 1 2",
+    )
+    p.add_argument("--model", required=True, choices=MODELS, metavar="NAME", help=f"one of {', '.join(MODELS)}")
+    p.add_argument(
+        "--estimator",
+        default="local-expectation",
+        choices=TRAINABLE,
+        metavar="NAME",
+        help=f"one of {', '.join(TRAINABLE)} (default local-expectation)",
+    )
+    p.add_argument("--samples", type=_positive, default=1, metavar="S", help="samples per gradient (default 1)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="one for each run (default 0)")
+    _training_options(p)
+
+
+def _reproduce_parser(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser(
+        "reproduce",
+        help="repeat a figure or table of Echraibi et al. (2020)",
+        description="What is finished is kept: a second call goes on where the first stopped. Tables 1 to 3 take one "
+        "data set at a time; digits are a small version for a CPU.",
+        epilog="example: gradlab reproduce table2 --data mnist --device cuda --out results",
+    )
+    p.add_argument("target", choices=TARGETS, metavar="NAME", help=f"one of {', '.join(TARGETS)}")
+    p.add_argument("--seeds", type=_positive, default=5, metavar="N", help="how many runs (default 5)")
+    p.add_argument("--steps", type=_positive, metavar="N", help="of a figure (default: those of the book)")
+    _training_options(p)
+
+
+def _training_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--data",
+        default="digits",
+        choices=("digits", "mnist", "binarized-mnist", "omniglot"),
+        metavar="NAME",
+        help="digits (default, embedded), mnist (binarised anew at each look), binarized-mnist or omniglot",
+    )
+    p.add_argument("--epochs", type=_positive, metavar="N", help="default: 40 for digits, 500 MNIST, 100 Omniglot")
+    p.add_argument("--batch-size", type=_positive, metavar="N", help="default: 50 for digits, else 100")
+    p.add_argument("--rate", type=float, metavar="X", help="of Adam; default: 0.005 for digits, else 0.0001")
+    p.add_argument("--test-samples", type=_positive, default=200, metavar="K", help="of the test bound (default 200)")
+    p.add_argument("--tests", type=_positive, default=10, metavar="N", help="test bounds to take on the way")
+    p.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
+    p.add_argument("--out", default="results", metavar="FOLDER", help="where the results go (default results)")
+    p.add_argument("--quiet", action="store_true", help="no progress bar, also on a terminal")
+
+
+def _report_parser(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser(
+        "report",
+        help="print the tables of a folder of results, the paper's numbers beside them",
+        description="Reads what `gradlab reproduce` wrote, finished or not, and prints Markdown.",
+    )
+    p.add_argument("--out", default="results", metavar="FOLDER", help="the folder (default results)")
+    p.add_argument("--seconds", type=float, metavar="T", help="training time for the column of equal time")
 
 
 def _positive(text: str) -> int:

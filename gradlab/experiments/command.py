@@ -1,11 +1,17 @@
-"""The command ``gradlab data``: list, fetch and verify files."""
+"""What ``gradlab data``, ``train``, ``reproduce`` and ``report`` do."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from pathlib import Path
 
+import torch
+
+from gradlab.experiments import results, tables
 from gradlab.experiments.files import VARIABLE, family, fetch, folder, mirrors, registry, state
+from gradlab.experiments.train import DEFAULTS, Experiment, train
 
 __all__ = ["EMBEDDED", "run"]
 
@@ -19,12 +25,19 @@ EMBEDDED = {
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run one action; return the exit status: 0 well, 1 a corrupt file, 2 an error."""
+    """Run one command; return the exit status: 0 well, 1 a corrupt file, 2 an error, 130 interrupted."""
     try:
-        return {"list": _list, "fetch": lambda: _fetch(args.name), "verify": _verify}[args.action]()
-    except (OSError, ValueError, ImportError) as error:
+        return {"data": _data, "train": _train, "reproduce": _reproduce, "report": _report}[args.command](args)
+    except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"gradlab: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("gradlab: interrupted; nothing is lost. The same command goes on from here.", file=sys.stderr)
+        return 130
+
+
+def _data(args: argparse.Namespace) -> int:
+    return {"list": _list, "fetch": lambda: _fetch(args.name), "verify": _verify}[args.action]()
 
 
 def _list() -> int:
@@ -72,3 +85,71 @@ def _verify() -> int:
     if "corrupt" in found:
         print("A corrupt file is fetched again by `gradlab data fetch NAME`.", file=sys.stderr)
     return int("corrupt" in found)
+
+
+def _train(args: argparse.Namespace) -> int:
+    """Train one model, and say where the result is and how good."""
+    experiment = _experiment(args, args.model, args.estimator, args.samples, tuple(args.seeds))
+    out = Path(args.out)
+    done = train(experiment, out, _device(args.device), _command(args), False if args.quiet else None)
+    test, epochs = done["test"], done["epochs"]
+    for seed, bound in zip(experiment.seeds, test, strict=True):
+        print(f"seed {seed}: log p(x) >= {bound:.2f} nats a test image ({experiment.test_samples} samples)")
+    print(f"{epochs['epoch'][-1]} epochs, {epochs['train_seconds'][-1]:.1f} s: {out / experiment.name}.json")
+    return 0
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    """Repeat a figure or a table."""
+    out, device, command = Path(args.out), _device(args.device), _command(args)
+    base = _experiment(args, "", "", 1, tuple(range(args.seeds)))
+    print(tables.markdown(tables.reproduce(args.target, base, out, device, command, False if args.quiet else None)))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    """Print every table of a folder."""
+    files = sorted(Path(args.out).glob("table[123]-*.json"))
+    if not files:
+        raise FileNotFoundError(
+            f"found no table in {args.out}, expected what `gradlab reproduce table1 --out {args.out}` writes."
+        )
+    for file in files:
+        content = results.read(file)
+        assert content is not None
+        print(f"{content['table']}, {content['data']}\n\n{tables.markdown(content, args.seconds)}\n")
+    return 0
+
+
+def _experiment(
+    args: argparse.Namespace, model: str, estimator: str, samples: int, seeds: tuple[int, ...]
+) -> Experiment:
+    """What the options say, and the recipe of the data where they do not."""
+    recipe = DEFAULTS[args.data]
+    return Experiment(
+        model,
+        estimator,
+        args.data,
+        samples,
+        args.epochs or recipe.epochs,
+        seeds,
+        args.batch_size or recipe.batch_size,
+        recipe.rate if args.rate is None else args.rate,
+        args.test_samples,
+        args.tests,
+    )
+
+
+def _device(name: str) -> str:
+    """Return the name of a device that is there."""
+    try:
+        torch.empty((), device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device: found {name!r} ({reason}), expected cpu, or cuda where torch sees a GPU.") from None
+    return name
+
+
+def _command(args: argparse.Namespace) -> str:
+    """Return the command as it was typed."""
+    return shlex.join(["gradlab", *args.argv])
