@@ -108,16 +108,18 @@ def _reproduce(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    """Print every table of a folder."""
-    files = sorted(Path(args.out).glob("table[123]-*.json"))
+    """Print every table of a folder, and draw its figures."""
+    out = Path(args.out)
+    files = sorted(out.glob("table[123]-*.json"))
     if not files:
         raise FileNotFoundError(
-            f"found no table in {args.out}, expected what `gradlab reproduce table1 --out {args.out}` writes."
+            f"found no table in {out}, expected what `gradlab reproduce table1 --out {out}` writes."
         )
     for file in files:
         content = results.read(file)
         assert content is not None
-        print(f"{content['table']}, {content['data']}\n\n{tables.markdown(content, args.seconds)}\n")
+        print(f"{content['table']}, {content['data']}\n\n{tables.markdown(content)}\n")
+        print("\n".join(map(str, tables.draw(content, out))), end="\n\n")
     return 0
 
 

@@ -217,7 +217,7 @@ def _build(
 
 TRAINABLE = (
     "score-loo", "gumbel-softmax", "st-gumbel-softmax", "straight-through", "gumbel-rao", "reinmax", "rebar", "relax",
-    "double-cv", "disarm", "local-expectation",
+    "disarm", "local-expectation",
 )  # fmt: skip
 
 
