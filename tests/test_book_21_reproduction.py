@@ -1,9 +1,7 @@
-"""What chapter 21 claims: closed forms of both toys, the divergence, the fast rules, and the runner of the figures."""
+"""What chapter 21 claims: closed forms of both toys, the divergence, the fast rules, and what is stored."""
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -13,15 +11,12 @@ import torch
 from torch import distributions as D
 
 import gradlab as gl
+from gradlab.experiments import logistic, toys
 from gradlab.rules import log_mgf
 from gradlab.special import log_gamma_grad
 from gradlab.taylor import derivatives
 
 ROOT = Path(__file__).resolve().parent.parent
-SPEC = importlib.util.spec_from_file_location("figures", ROOT / "benchmarks" / "figures.py")
-figures = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(figures)
-
 EPS = 0.49
 PLACES = [(1.0, 1.0), (0.5, 2.0), (5.0, 0.2), (2.0, 3.0)]
 
@@ -45,7 +40,7 @@ def moments(k, scale, g):
 
 
 @pytest.mark.parametrize("k, scale", PLACES)
-@pytest.mark.parametrize("loss, cost", [(figures.square_loss, figures.square), (figures.decay_loss, figures.decay)])
+@pytest.mark.parametrize("loss, cost", [(toys.square_loss, toys.square), (toys.decay_loss, toys.decay)])
 def test_loss(loss, cost, k, scale):
     assert loss(tensor(k), tensor(scale)) == pytest.approx(moments(k, scale, cost)[0].item(), abs=1e-8)
 
@@ -60,7 +55,7 @@ def printed_rule(sign, k, scale):
 @pytest.mark.parametrize("k, scale", PLACES)
 def test_sign(k, scale):
     theta = tensor([k, scale]).requires_grad_()
-    exact = torch.autograd.grad(figures.decay_loss(*theta), theta)[0]
+    exact = torch.autograd.grad(toys.decay_loss(*theta), theta)[0]
     torch.testing.assert_close(printed_rule(-1, k, scale), exact, rtol=1e-12, atol=1e-12)
     printed = printed_rule(1, k, scale)
     if EPS * scale < 1:
@@ -85,7 +80,7 @@ def test_variances(k, scale):
     by_k = moments(k, scale, lambda z: scale * slope(z) + scale**2)
     by_scale = moments(k, scale, lambda z: k * slope(z) + 2 * k * scale)
     theta = tensor([k, scale]).requires_grad_()
-    exact = torch.autograd.grad(figures.square_loss(*theta), theta)[0]
+    exact = torch.autograd.grad(toys.square_loss(*theta), theta)[0]
     assert [by_k[0].item(), by_scale[0].item()] == pytest.approx(exact.tolist(), abs=1e-8)
     assert by_k[1].item() == pytest.approx(4 * k * scale**4, rel=1e-6)
     assert by_scale[1].item() == pytest.approx(4 * k**3 * scale**2, rel=1e-6)
@@ -106,7 +101,7 @@ def test_exact_rule_on_toy_1(k, scale):
         wz = (k * u - u.exp() - math.lgamma(k)).exp() * (u[1] - u[0])
         wv = (shape * u - u.exp() - math.lgamma(shape)).exp() * (u[1] - u[0])
         w, z, v = wz[:, None] * wv, scale * u.exp()[:, None], scale * u.exp()
-        value = weight * (figures.square(z + v) - figures.square(z)) / v
+        value = weight * (toys.square(z + v) - toys.square(z)) / v
         mean = (w * value).sum()
         assert ((w * value**2).sum() - mean**2).item() == pytest.approx(formula, rel=1e-4)
 
@@ -116,7 +111,7 @@ def test_trajectories_agree_in_mean():
     theta = tensor([2.0, 1.0]).requires_grad_()
     torch.manual_seed(0)
     q = D.Gamma(theta[0].expand(5), (1 / theta[1]).expand(5))
-    loss = gl.StochasticBackprop(form="series", order=2)(q, figures.square).sum()
+    loss = gl.StochasticBackprop(form="series", order=2)(q, toys.square).sum()
     found = torch.autograd.grad(loss, theta)[0]
     torch.manual_seed(0)
     z = gl.StochasticBackprop(form="series", order=2).draw(q).z[0]
@@ -131,7 +126,7 @@ def test_trajectories_agree_in_mean():
 @pytest.mark.parametrize("loc, scale", [(0.0, 1.0), (0.7, 0.3), (-2.0, 0.05), (1.3, 4.0)])
 def test_divergence(loc, scale):
     p, q = D.Laplace(tensor(0.0), tensor(1.0)), D.Laplace(tensor(loc), tensor(scale))
-    found = figures.kl_to_standard(q.loc, q.scale)
+    found = logistic.kl_to_standard(q.loc, q.scale)
     assert found.item() == pytest.approx(D.kl_divergence(q, p).item(), abs=1e-12)
     u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     w = q.icdf(u)
@@ -143,7 +138,7 @@ def test_even_derivatives():
     s = torch.sigmoid(h)
     powers = torch.stack([(s * (1 - s)) ** m for m in range(1, 9)])
     terms = derivatives(torch.nn.functional.logsigmoid, h, torch.ones_like(h), 16, taylor=True)
-    for n, row in enumerate(figures.even_derivatives(16) @ powers, 1):
+    for n, row in enumerate(logistic.even_derivatives(16) @ powers, 1):
         torch.testing.assert_close(row, terms[2 * n], rtol=1e-9, atol=1e-9)
 
 
@@ -154,14 +149,14 @@ def gradients(loss, q, theta):
 
 @pytest.mark.parametrize("order", [2, 4, 8, 16, None])
 def test_fast_rules(order):
-    """The rules of the runner are those of the package, for the same samples."""
+    """The rules of the experiment are those of the package, for the same samples."""
     torch.manual_seed(0)
     rows = torch.randn(3, 7, 4, dtype=torch.float64)
     theta = [torch.randn(3, 4, dtype=torch.float64), 0.2 + torch.rand(3, 4, dtype=torch.float64)]
     q = D.Laplace(*(p.requires_grad_() for p in theta))
-    fast = figures.exact(5) if order is None else figures.series(order, 5)
+    fast = logistic.exact(5) if order is None else logistic.series(order, 5)
     form = {} if order is None else {"form": "series", "order": order}
-    slow = figures.plain(gl.StochasticBackprop(5, **form))
+    slow = logistic.plain(gl.StochasticBackprop(5, **form))
     if order is not None:  # Taylor arithmetic knows einsum, not the reshaping of a batch of weights
         slow = lambda q, rows: gl.StochasticBackprop(5, **form)(  # noqa: E731
             D.Independent(q, 1),
@@ -169,65 +164,6 @@ def test_fast_rules(order):
         )
     for a, b in zip(*(gradients(lambda q, f=f: f(q, rows), q, theta) for f in (fast, slow)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-
-
-# ---------------------------------------------------------------------------------------------------------- the runner
-
-
-def settings(folder, **changes):
-    return argparse.Namespace(**{"runs": 2, "steps": 3, "replicates": 3, "device": "cpu", "data": folder} | changes)
-
-
-def test_resume(tmp_path, monkeypatch, capsys):
-    """A method that is finished is kept; a change of the settings starts anew; nothing is half written."""
-    monkeypatch.setattr(figures, "DIMS", (1, 2))
-    whole = figures.train_toy
-
-    def interrupted(figure, loss, dim, args):
-        if dim == 2:
-            raise KeyboardInterrupt
-        return whole(figure, loss, dim, args)
-
-    monkeypatch.setattr(figures, "train_toy", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        figures.toy("figure2", settings(tmp_path))
-    assert list(json.loads((tmp_path / "figure2.json").read_text())["results"]) == ["score, d=1"]
-    monkeypatch.setattr(figures, "train_toy", whole)
-    figures.toy("figure2", settings(tmp_path))
-    assert "score, d=1: kept" in capsys.readouterr().out
-    first = (tmp_path / "figure2.json").read_bytes()
-    content = json.loads(first)
-    assert len(content["results"]) == 2 * 6
-    assert content["checkpoints"] == [0, 1, 2, 3]
-    assert torch.tensor(content["results"]["implicit, d=2"]["loss"]).shape == (2, 4)
-    figures.toy("figure2", settings(tmp_path))
-    assert (tmp_path / "figure2.json").read_bytes() == first
-    assert [p.name for p in tmp_path.iterdir()] == ["figure2.json"]
-    figures.toy("figure2", settings(tmp_path, runs=1))
-    assert "kept" not in capsys.readouterr().out.splitlines()[-1]
-    assert json.loads((tmp_path / "figure2.json").read_text())["settings"]["runs"] == 1
-
-
-def test_same_seed_same_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "DIMS", (1,))
-    for folder in ("a", "b"):
-        figures.toy("figure1", settings(tmp_path / folder))
-    a, b = ((tmp_path / folder / "figure1.json").read_bytes() for folder in ("a", "b"))
-    assert a == b
-
-
-def test_logistic(tmp_path, monkeypatch):
-    """Figure 3 on a small scale."""
-    pytest.importorskip("sklearn")
-    monkeypatch.setattr(figures, "SAMPLES", 2)
-    chosen = {k: v for k, v in figures.logistic_methods().items() if k in ("reparameterization", "series, order 4")}
-    monkeypatch.setattr(figures, "logistic_methods", lambda: chosen)
-    figures.figure3(settings(tmp_path))
-    content = json.loads((tmp_path / "figure3.json").read_text())
-    for curves in content["results"].values():
-        assert set(curves) == {"standard, b=1", "standard, b=0.1", "min-max, b=1", "min-max, b=0.1"}
-        elbo = torch.tensor(curves["standard, b=1"]["elbo"])
-        assert elbo.shape == (2, 4) and (elbo < 0).all()
 
 
 # ---------------------------------------------------------------------------------------------------- what is stored
@@ -245,9 +181,9 @@ def curve(content, method, key, case=None):
 
 @pytest.mark.parametrize("name", ["figure1", "figure2", "figure3", "variance"])
 def test_stored(name):
-    """What the book shows was made by this file, with the settings of the paper."""
+    """What the book shows comes from the command, with the settings of the paper."""
     content = stored(name)
-    assert content["command"].startswith(f"python benchmarks/figures.py {name} --runs 5")
+    assert content["command"].startswith(f"gradlab reproduce {name} --runs 5")
     assert content["settings"]["runs"] == 5
     assert set(content["versions"]) == {"python", "torch", "gradlab"}
 
@@ -267,7 +203,7 @@ def test_figure_1(dim):
 def test_figure_2(dim):
     """The implicit path is ahead of the series, which is ahead of the exact rule; the printed rule climbs."""
     content = stored("figure2")
-    end = {m: curve(content, f"{m}, d={dim}", "loss")[-1].item() for m in figures.toy_methods("figure2")}
+    end = {m: curve(content, f"{m}, d={dim}", "loss")[-1].item() for m in toys.methods("figure2")}
     assert end["implicit"] == pytest.approx(0.0016, abs=1e-4)
     assert end["series"] == pytest.approx(0.0025, abs=1e-4)
     assert end["stochastic backprop"] == pytest.approx(0.0029, abs=1e-4)
@@ -312,8 +248,8 @@ def test_orders():
 
 def test_sizes_of_the_features():
     pytest.importorskip("sklearn")
-    scaled, y = figures.breast_cancer()
-    assert scaled["standard"].shape == (569, 30) and set(y.tolist()) == {-1.0, 1.0}
-    sizes = [scaled[x].abs().mean().item() for x in ("min-max", "standard")]
+    rows = {x: logistic.scaled_rows(x) for x in ("min-max", "standard")}
+    assert [x.shape for x in rows.values()] == [(569, 30)] * 2
+    sizes = [x.abs().mean().item() for x in rows.values()]
     assert sizes == pytest.approx([0.24, 0.75], abs=0.005)
-    assert scaled["standard"].abs().max().item() == pytest.approx(12.07, abs=0.01)
+    assert rows["standard"].abs().max().item() == pytest.approx(12.07, abs=0.01)
