@@ -17,7 +17,7 @@ from gradlab.estimator import Cost, Sampler, describe, value_and_slope
 from gradlab.flips import check_chunk_size
 from gradlab.samplers import rsample, sample
 from gradlab.surrogate import attach, magic_box
-from gradlab.svi import NegativeELBO, check_prior, log_prior
+from gradlab.svi import NegativeELBO, check_prior
 
 __all__ = ["IWAE", "VIMCO", "DReG", "LogLikelihood", "log_likelihood"]
 
@@ -263,8 +263,8 @@ def log_likelihood(
 
     Args:
         guide: ``x -> q(z | x)``.
-        prior: a distribution, a module that returns one, or the :class:`NegativeELBO` of the layers above; with
-            ``kl="sample"`` and one sample there, the weights are those of all layers together.
+        prior: a distribution, a module that returns one, or the :class:`NegativeELBO` of the layers above, of whose
+            guides each sample takes one: the weights are those of all layers together.
         likelihood: ``z [*L, *B, *E] -> p(x | z)``.
         x: the data, ``[*B, *X]``.
         num_samples: K.
@@ -288,8 +288,18 @@ def log_likelihood(
         for done in range(0, num_samples, step):
             z = sample(q, torch.Size([min(step, num_samples - done)]))
             log_w = log_likelihood_at(likelihood, x, z, z.shape[: 1 + len(q.batch_shape)])
-            log_w = log_w + log_prior(p, z) - log_density(q, z)
+            log_w = log_w + _log_prior(p, z) - log_density(q, z)
             new = log_w.logsumexp(0)
             total = new if total is None else torch.logaddexp(total, new)
     assert total is not None
     return LogLikelihood(total - math.log(num_samples), num_samples)
+
+
+def _log_prior(prior: Distribution | NegativeELBO, z: Tensor) -> Tensor:
+    """Return log p(z), or the log weight of one sample of each layer above, ``[K, *B]``."""
+    if isinstance(prior, Distribution):
+        return log_density(prior, z)
+    q = distribution_of(prior.guide, "guide(z)", z)
+    above = sample(q, torch.Size())
+    p = prior.prior if isinstance(prior.prior, NegativeELBO) else distribution_of(prior.prior, "prior()")
+    return log_likelihood_at(prior.likelihood, z, above, q.batch_shape) + _log_prior(p, above) - log_density(q, above)
