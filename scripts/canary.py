@@ -76,6 +76,7 @@ CANARIES = [
         "weight = 1.9 / (p.scale * jump**2)",
     ),
     Canary("06", "generalized.py", "q.log_prob(z) + log_det", "q.log_prob(z)"),
+    Canary("19", "multisample.py", "(-square * slope).movedim(0, -1)", "(-0.98 * square * slope).movedim(0, -1)"),
     Canary(
         "20",
         "exact.py",
