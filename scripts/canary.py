@@ -83,6 +83,12 @@ CANARIES = [
         "return attach(cost.mean(0), probabilities(q), table.mean(0))",
         "return attach(cost.mean(0), probabilities(q), 0.9 * table.mean(0))",
     ),
+    Canary(
+        "16",
+        "svi.py",
+        'log_q = log_density if self.kl == "total" or has_moving_support(q) else path_log_density',
+        "log_q = log_density",
+    ),
     Canary("21", "rules/registry.py", "omega = -1j * s.to(", "omega = 1j * s.to("),
 ]
 
