@@ -161,12 +161,13 @@ def _reproduce_parser(commands: argparse._SubParsersAction) -> None:
         "reproduce",
         help="repeat a figure or table of Echraibi et al. (2020)",
         description="What is finished is kept: a second call goes on where the first stopped. Tables 1 to 3 take one "
-        "data set at a time; digits are a small version for a CPU.",
+        "data set at a time; digits are a small version for a CPU. `variance` has the variances behind figure 3.",
         epilog="example: gradlab reproduce table2 --data mnist --device cuda --out results",
     )
     p.add_argument("target", choices=TARGETS, metavar="NAME", help=f"one of {', '.join(TARGETS)}")
     p.add_argument("--seeds", type=_positive, default=5, metavar="N", help="how many runs (default 5)")
-    p.add_argument("--steps", type=_positive, metavar="N", help="of a figure (default: those of the book)")
+    p.add_argument("--steps", type=_positive, metavar="N", help="of a figure; default: 4000, 2000 for figure 3")
+    p.add_argument("--replicates", type=_positive, metavar="N", help="gradients for one variance of a figure")
     _training_options(p)
 
 

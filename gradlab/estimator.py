@@ -124,7 +124,9 @@ class Estimator(nn.Module, ABC):
         """Return the surrogate ``[*B]``, a pure function of its arguments. No input is checked here."""
 
     def evaluations(self, q: Distribution) -> int:
-        """Return the number of points at which f is evaluated for one problem."""
+        """Return the number of points at which f is evaluated for one problem; it may depend on which parameters of
+        q require a gradient.
+        """
         return self.num_samples
 
     def forward(self, q: Distribution, f: Cost, context: Tensor | None = None) -> Tensor:

@@ -126,10 +126,10 @@ class DReG(IWAE):
               \frac{\partial\log w_k}{\partial z_k}\nabla_\varphi z_k\Big], \qquad
               \tilde w_k = \frac{w_k}{\sum_j w_j}
 
-    The mean is that of :class:`IWAE`, but where the weights have a finite variance (the guide is no narrower than the
-    posterior) the signal-to-noise ratio of the guide's gradient *grows* as :math:`K^{1/2}`. Prior and likelihood have
-    IWAE's gradient. With K = 1 it is sticking the landing, which is better near the posterior and need not be far from
-    it. Second derivatives raise, and ``torch.compile`` cannot trace it.
+    The mean is that of :class:`IWAE`, but where the weights have four finite moments (a guide no narrower than the
+    posterior is enough) the signal-to-noise ratio of the guide's gradient *grows* as :math:`K^{1/2}`. Prior and
+    likelihood have IWAE's gradient. With K = 1 it is sticking the landing, which is better near the posterior and need
+    not be far from it. Second derivatives raise, and ``torch.compile`` cannot trace it.
 
     Args:
         guide: a module, ``x -> q(z | x)``, with a path to its samples and a support that does not move.
@@ -174,7 +174,8 @@ class VIMCO(_MultiSample):
               \hat p = \frac1K\sum_k w_k
 
     has the mean :math:`-\nabla\mathcal L_K`; in :math:`\hat p_{-k}` the geometric mean of the other weights stands for
-    :math:`w_k`. The first term alone, which is all that a bound written for paths yields, lacks the guide's gradient.
+    :math:`w_k`. The first term alone, which is all that a bound written for paths yields, is a wrong gradient of the
+    guide, and none at all where log q is held.
 
     Args:
         guide: a module, ``x -> q(z | x)``, with a log_prob and a support that does not move.
@@ -222,7 +223,10 @@ def leave_one_out_bounds(log_w: Tensor) -> Tensor:
 
 
 class LogLikelihood(NamedTuple):
-    """An importance-sampling estimate of log p(x), in expectation a lower bound."""
+    """An importance-sampling estimate of log p(x), in expectation a lower bound.
+
+    The standard error is that of a mean over points; it says nothing of the gap to log p(x), which falls with K.
+    """
 
     bounds: Tensor
     """of each x, ``[*B]``"""

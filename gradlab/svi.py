@@ -55,7 +55,8 @@ class NegativeELBO(nn.Module):
         kl_weight: w; an attribute that may change while training.
 
     Shapes:
-        ``x`` is ``[*B, *X]``; the loss is ``[*B]``. For a sum over N data points take ``N * loss.mean()``.
+        ``x`` is ``[*B, *X]``; the loss is ``[*B]``. For a sum over N data points take ``N * loss.mean()``. A z that
+        all N data share, with a guide that ignores x, has ``kl_weight=1 / N``.
 
     Reference:
         `Auto-Encoding Variational Bayes <https://arxiv.org/abs/1312.6114>`_, Kingma and Welling, 2014;

@@ -183,7 +183,7 @@ def curve(content, method, key, case=None):
 def test_stored(name):
     """What the book shows comes from the command, with the settings of the paper."""
     content = stored(name)
-    assert content["command"].startswith(f"gradlab reproduce {name} --runs 5")
+    assert content["command"].startswith(f"gradlab reproduce {name} --seeds 5")
     assert content["settings"]["runs"] == 5
     assert set(content["versions"]) == {"python", "torch", "gradlab"}
 

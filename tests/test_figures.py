@@ -54,7 +54,7 @@ def cut_off(monkeypatch, after):
 def test_toys(tmp_path, name, methods):
     found = reproduce(name, **TINY, out=tmp_path)
     assert found == stored(tmp_path, name)
-    assert found["command"] == f"gradlab reproduce {name} --runs 2 --steps 3 --replicates 3"
+    assert found["command"] == f"gradlab reproduce {name} --seeds 2 --steps 3 --replicates 3"
     assert found["checkpoints"] == [0, 1, 2, 3]
     assert len(found["results"]) == 2 * methods
     for curves in found["results"].values():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from gradlab.experiments import results, tables
+from gradlab.experiments import figures, results, tables
 from gradlab.experiments.files import VARIABLE, family, fetch, folder, mirrors, registry, state
 from gradlab.experiments.train import DEFAULTS, Experiment, train
 
@@ -102,6 +102,18 @@ def _train(args: argparse.Namespace) -> int:
 def _reproduce(args: argparse.Namespace) -> int:
     """Repeat a figure or a table."""
     out, device, command = Path(args.out), _device(args.device), _command(args)
+    if args.target in figures.FIGURES:
+        figures.reproduce(
+            args.target,
+            runs=args.seeds,
+            steps=args.steps,
+            replicates=args.replicates,
+            device=device,
+            out=out,
+            command=command,
+        )
+        print(out / f"{args.target}.json")
+        return 0
     base = _experiment(args, "", "", 1, tuple(range(args.seeds)))
     print(tables.markdown(tables.reproduce(args.target, base, out, device, command, False if args.quiet else None)))
     return 0

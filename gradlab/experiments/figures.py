@@ -87,7 +87,7 @@ def reproduce(
 
 def _command(name: str, plan: Plan) -> str:
     """Return a command for the same results."""
-    command = f"gradlab reproduce {name} --runs {plan.runs} --steps {plan.steps}"
+    command = f"gradlab reproduce {name} --seeds {plan.runs} --steps {plan.steps}"
     if plan.replicates != FIGURES[name].replicates:
         command += f" --replicates {plan.replicates}"
     return command + (f" --device {plan.device}" if plan.device != "cpu" else "")
