@@ -78,6 +78,12 @@ CANARIES = [
     Canary("06", "generalized.py", "q.log_prob(z) + log_det", "q.log_prob(z)"),
     Canary("19", "multisample.py", "(-square * slope).movedim(0, -1)", "(-0.98 * square * slope).movedim(0, -1)"),
     Canary(
+        "17",
+        "svi.py",
+        "self.kl_weight * (log_q(q, z) - log_prior(prior, z))",
+        "self.kl_weight * (0.9 * log_q(q, z) - log_prior(prior, z))",
+    ),
+    Canary(
         "20",
         "exact.py",
         "return attach(cost.mean(0), probabilities(q), table.mean(0))",
