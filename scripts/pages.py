@@ -279,7 +279,7 @@ def api() -> str:
     lines += ["## `gradlab.rules`\n", f"{rules.__doc__}\n", "```{eval-rst}"]
     lines += [line for name in rules.__all__ for line in _entry(rules, "rules.registry", name)]
     lines += ["```\n"]
-    for module in ("experiments.data", "experiments.files"):
+    for module in (f"experiments.{name}" for name in ("data", "files", "models", "train", "figures", "tables")):
         part = importlib.import_module(f"gradlab.{module}")
         lines += [f"## `gradlab.{module}`\n", f"{(part.__doc__ or '').splitlines()[0]}\n", "```{eval-rst}"]
         lines += [line for name in part.__all__ for line in _entry(part, module.replace(".", "/"), name)]
