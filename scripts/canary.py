@@ -96,6 +96,7 @@ CANARIES = [
         "log_q = log_density",
     ),
     Canary("21", "rules/registry.py", "omega = -1j * s.to(", "omega = 1j * s.to("),
+    Canary("22", "training.py", "sampler.set_epoch(self.epoch)", "sampler.set_epoch(0)"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Two ranks: baselines are per rank, gradients average, and every rank stays unbiased."""
+"""Two ranks: baselines are per rank, gradients average, those of learned control variates too, and fit trains."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
-def test_two_ranks_of_ddp() -> None:
-    """Run tests/ranks.py under torchrun; its own assertions are the test."""
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> str:
+    """Run tests/ranks.py under torchrun, once; its own assertions are the tests."""
     launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, str(SCRIPT)], env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert all(f"rank {rank} ok" in done.stdout for rank in (0, 1))
+    command = [*launcher, str(SCRIPT), str(tmp_path_factory.mktemp("ranks"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("what", ["baselines", "gradients", "fit"])
+def test_two_ranks_of_ddp(said, what):
+    assert all(f"rank {rank}: {what} ok" in said for rank in (0, 1)), said
