@@ -101,7 +101,8 @@ def fit(
         Exactness covers what ``state_dict()`` holds, the global generators of torch, numpy and Python, and each
         ``torch.Generator`` that is an attribute of the loader, its samplers, its dataset or a module; it does not
         cover persistent workers that draw random numbers in the dataset. To find its place in an epoch a resume
-        reads the batches that were done. Under DDP give each rank its own files.
+        reads the batches that were done. Under DDP give each rank its own files, begin the names of scheduled
+        attributes with ``module.``, and after a kill let all ranks begin at the same step: chapter 22 of the book does.
 
     >>> class Square(nn.Module):
     ...     def __init__(self):
