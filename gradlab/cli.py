@@ -185,6 +185,7 @@ def _training_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--test-samples", type=_positive, default=200, metavar="K", help="of the test bound (default 200)")
     p.add_argument("--tests", type=_positive, default=10, metavar="N", help="test bounds to take on the way")
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1 ...")
+    p.add_argument("--compile", action="store_true", help="torch.compile the loss, on a GPU with CUDA graphs")
     p.add_argument("--out", default="results", metavar="FOLDER", help="where the results go (default results)")
     p.add_argument("--quiet", action="store_true", help="no progress bar, also on a terminal")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradlab as gl
@@ -266,11 +266,32 @@ def test_another_experiment_is_not_overwritten(tmp_path: Path) -> None:
         silent(EXPERIMENT, tmp_path)
 
 
+@DATA_TYPE
+def test_compiled_is_the_same_mathematics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced, and run by the kernels of eager mode: the same numbers to rounding."""
+    experiment = replace(EXPERIMENT, estimator="gumbel-softmax", epochs=2)
+    eager = silent(experiment, tmp_path / "eager")
+    compiled = []
+
+    def compile_eagerly(self: Runs, **how: Any) -> None:
+        compiled.append(how)
+        nn.Module.compile(self, backend="aot_eager")
+
+    monkeypatch.setattr(Runs, "compile", compile_eagerly)
+    traced = silent(replace(experiment, compiled=True), tmp_path / "traced")
+    assert compiled == [{"mode": None}]
+    torch.testing.assert_close(torch.tensor(traced["epochs"]["train"]), torch.tensor(eager["epochs"]["train"]))
+    base = replace(EXPERIMENT, estimator="disarm", compiled=True)
+    assert [e.compiled for e in tables.cells("table1", base)][:3] == [False, False, True]
+
+
 def test_bad_settings() -> None:
     with pytest.raises(ValueError, match="epochs: found 0"):
         replace(EXPERIMENT, epochs=0)
     with pytest.raises(ValueError, match="seeds"):
         replace(EXPERIMENT, seeds=(1, 1))
+    with pytest.raises(ValueError, match="compiled: found the estimator rebar"):
+        replace(EXPERIMENT, compiled=True)
     with pytest.raises(ValueError, match="model: found 'x', expected one of one-layer-sbn"):
         models.build("x", MEAN, 1, models.make_estimator("rebar", 1), [0])
     with pytest.raises(ValueError, match="estimator: found 'x'"):

@@ -151,6 +151,7 @@ def _experiment(
         recipe.rate if args.rate is None else args.rate,
         args.test_samples,
         args.tests,
+        args.compile,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from gradlab.experiments import results
 from gradlab.experiments.paper import PAPER
-from gradlab.experiments.train import Experiment, train
+from gradlab.experiments.train import DOUBLE_BACKWARD, Experiment, train
 
 __all__ = ["TABLES", "Table", "cells", "collect", "draw", "markdown", "reproduce"]
 
@@ -72,7 +72,11 @@ TABLES = {
 def cells(table: str, base: Experiment) -> list[Experiment]:
     """Return the experiments of a table, on the data and with the settings of ``base``."""
     models, methods = TABLES[table]
-    return [replace(base, model=m, estimator=e, samples=s) for m in models for e, s, *_ in methods]
+    return [
+        replace(base, model=model, estimator=name, samples=s, compiled=base.compiled and name not in DOUBLE_BACKWARD)
+        for model in models
+        for name, s, _ in methods
+    ]
 
 
 def reproduce(

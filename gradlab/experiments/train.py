@@ -88,6 +88,10 @@ DEFAULTS = {
 """Of source 003 for its data; digits are few and small, so that fewer and longer steps do."""
 
 
+DOUBLE_BACKWARD = ("rebar", "relax")
+"""Estimators that train a control variate."""
+
+
 @dataclass(frozen=True)
 class Experiment:
     """All that a result depends on, beside versions and device."""
@@ -104,6 +108,8 @@ class Experiment:
     """K of the test bound"""
     tests: int = 10
     """how often the test bound is taken, evenly over the epochs"""
+    compiled: bool = False
+    """whether ``torch.compile`` takes the loss, on a GPU with CUDA graphs; the random numbers are then others"""
 
     def __post_init__(self) -> None:
         for name in ("samples", "epochs", "batch_size", "test_samples", "tests"):
@@ -111,6 +117,11 @@ class Experiment:
                 raise ValueError(f"{name}: found {getattr(self, name)}, expected a positive number.")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise ValueError(f"seeds: found {self.seeds}, expected one or more, each once.")
+        if self.compiled and self.estimator in DOUBLE_BACKWARD:
+            raise ValueError(
+                f"compiled: found the estimator {self.estimator}, which differentiates twice, expected another one: "
+                "torch.compile cannot. Leave out --compile."
+            )
 
     @property
     def name(self) -> str:
@@ -186,10 +197,23 @@ class Runs(nn.Module):
         return mean
 
 
-def train(experiment: Experiment, out: Path, device: str = "cpu", command: str = "", progress: bool | None = None):
+def train(
+    experiment: Experiment,
+    out: Path,
+    device: str = "cpu",
+    command: str = "",
+    progress: bool | None = None,
+) -> dict[str, Any]:
     """Train, and return the result; it lies in ``out`` as JSON, beside the log and a checkpoint to go on from.
 
     A call that was cut off goes on exactly where it was; one that is done returns what it found.
+
+    Args:
+        experiment: what to train.
+        out: the folder of the files.
+        device: where.
+        command: what the user typed, to be stored.
+        progress: whether to show a bar; by default on a terminal only.
 
     Raises:
         ValueError: ``out`` holds another experiment of the same name.
@@ -204,6 +228,8 @@ def train(experiment: Experiment, out: Path, device: str = "cpu", command: str =
     images = load(experiment.data)
     chunk_size = 8 if torch.device(device).type == "cpu" else None  # flips at a time: what stays in the cache
     runs = _build(experiment, images, chunk_size).to(device)
+    if experiment.compiled:
+        runs.compile(mode="reduce-overhead" if torch.device(device).type == "cuda" else None)
     x, test = images.train.to(device), images.test.to(device)
     shuffle = Shuffle(len(x), experiment.batch_size, experiment.seeds)
     loader = DataLoader(Pixels(x, experiment.seeds, images.dynamic), sampler=shuffle, batch_size=None)
