@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,7 +116,8 @@ def _reproduce(args: argparse.Namespace) -> int:
         print(out / f"{args.target}.json")
         return 0
     base = _experiment(args, "", "", 1, tuple(range(args.seeds)))
-    print(tables.markdown(tables.reproduce(args.target, base, out, device, command, False if args.quiet else None)))
+    say, progress = partial(print, flush=True), False if args.quiet else None
+    print(tables.markdown(tables.reproduce(args.target, base, out, device, command, progress, say)))
     return 0
 
 
