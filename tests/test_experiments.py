@@ -24,7 +24,19 @@ import gradlab as gl
 from gradlab.cli import MODELS, TRAINABLE, main
 from gradlab.experiments import models, results, tables
 from gradlab.experiments.paper import PAPER
-from gradlab.experiments.train import DATA, DEFAULTS, Experiment, Images, Pixels, Runs, Shuffle, bound, load, train
+from gradlab.experiments.train import (
+    DATA,
+    DEFAULTS,
+    Experiment,
+    Images,
+    Pixels,
+    Runs,
+    Shuffle,
+    _build,
+    bound,
+    load,
+    train,
+)
 
 TINY = models.Sizes(bits=4, hidden=5, factors=2, values=3, wide=(6, 5))
 PIXELS = 6
@@ -298,6 +310,15 @@ def test_bad_settings() -> None:
         models.make_estimator("x", 1)
     with pytest.raises(ValueError, match="data: found 'x', expected one of digits"):
         load("x")
+
+
+def test_the_second_layer_draws_one_sample_for_each_of_the_first() -> None:
+    """Else S samples would cost S squared."""
+    images = Images(pictures(1)[0], pictures(1)[0], 1, False)
+    for name, samples, above in (("local-expectation", 5, 1), ("score-loo", 4, 2), ("rebar", 3, 1)):
+        experiment = Experiment("two-layer-sbn", name, samples=samples)
+        elbo = _build(experiment, images, None).elbo
+        assert (elbo.estimator.num_samples, elbo.prior.estimator.num_samples) == (samples, above)
 
 
 def test_names_agree() -> None:

@@ -178,6 +178,7 @@ def build(
     estimator: Callable[[int, int, nn.Module], Estimator],
     seeds: Sequence[int],
     sizes: Sizes = LARGE,
+    above: Callable[[int, int, nn.Module], Estimator] | None = None,
 ) -> NegativeELBO:
     """Return the negative ELBO ``[R, N, D] -> [R, N]`` of a model, whose run r starts as ``seeds[r]`` alone would.
 
@@ -188,25 +189,33 @@ def build(
         estimator: makes the estimator of a layer, of the number of runs, the units of z and a module that flattens z.
         seeds: of the starts, one for each run.
         sizes: of the layers.
+        above: the same for the second layer, which draws so many samples for each of the first; by default the same.
 
     Raises:
         ValueError: the name is unknown.
     """
     if model not in MODELS:
         raise ValueError(f"model: found {model!r}, expected one of {', '.join(MODELS)}.")
-    together = _build(model, len(seeds), mean, levels, estimator, sizes)
+    makers = estimator, above or estimator
+    together = _build(model, len(seeds), mean, levels, *makers, sizes)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         alone = []
         for seed in seeds:
             torch.manual_seed(seed)
-            alone.append(dict(_build(model, 1, mean, levels, estimator, sizes).named_parameters()))
+            alone.append(dict(_build(model, 1, mean, levels, *makers, sizes).named_parameters()))
         for name, parameter in together.named_parameters():
             parameter.copy_(torch.cat([run[name] for run in alone]))
     return together
 
 
 def _build(
-    model: str, runs: int, mean: Tensor, levels: int, estimator: Callable[..., Estimator], sizes: Sizes
+    model: str,
+    runs: int,
+    mean: Tensor,
+    levels: int,
+    estimator: Callable[..., Estimator],
+    above: Callable[..., Estimator],
+    sizes: Sizes,
 ) -> NegativeELBO:
     pixels, see = len(mean), Centre(mean, levels)
 
@@ -228,7 +237,7 @@ def _build(
     likelihood = decoder(Signs(), d, *wide)
     if model == "two-layer-sbn":
         up, down = (Conditional(nn.Sequential(Signs(), Affine(runs, d, d)), bits) for _ in range(2))
-        prior = NegativeELBO(up, prior, down, estimator(runs, d, nn.Identity()), kl="sample")
+        prior = NegativeELBO(up, prior, down, above(runs, d, nn.Identity()), kl="sample")
     return NegativeELBO(guide, prior, likelihood, estimator(runs, d, nn.Identity()))
 
 

@@ -266,10 +266,11 @@ def check_settings(found: Any, expected: Mapping[str, Any], path: Path) -> None:
 
 
 def _build(experiment: Experiment, images: Images, chunk_size: int | None) -> Runs:
+    """S samples of all layers: the second draws one for each of the first, two where leave-one-out needs them."""
     sizes = SMALL if images.train.shape[1] < 100 else LARGE
-    estimator = make_estimator(experiment.estimator, experiment.samples, chunk_size)
-    mean = images.train.mean(0)
-    elbo = build(experiment.model, mean, images.levels, estimator, experiment.seeds, sizes)
+    name = experiment.estimator
+    first, above = (make_estimator(name, s, chunk_size) for s in (experiment.samples, 1 + (name == "score-loo")))
+    elbo = build(experiment.model, images.train.mean(0), images.levels, first, experiment.seeds, sizes, above)
     return Runs(elbo, len(experiment.seeds))
 
 
