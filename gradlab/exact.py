@@ -80,7 +80,8 @@ class LocalExpectation(Estimator):
 
     Args:
         num_samples: S.
-        chunk_size: replacements a call of f, to bound memory; by default one call evaluates all d(K - 1).
+        chunk_size: replacements a call of f, to bound memory; by default one call evaluates all d(K - 1). On a CPU a
+            few at a time, which stay in its cache, take half the time.
 
     Reference:
         `Local Expectation Gradients for Black Box Variational Inference <https://arxiv.org/abs/1503.01494>`_, Titsias

@@ -271,7 +271,14 @@ def test_resume_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert numbers(silent(EXPERIMENT, tmp_path / "cut")) == numbers(whole)
 
 
-@DATA_TYPE
+def test_training_in_double_precision(tmp_path: Path) -> None:
+    """The default dtype of torch, which a notebook may have set, is that of the model."""
+    done = silent(replace(EXPERIMENT, epochs=1), tmp_path)
+    state = torch.load(tmp_path / f"{EXPERIMENT.name}.pt", weights_only=True)["model"]
+    assert state["elbo.prior.logits"].dtype == torch.float64
+    assert done["epochs"]["train"][0][0] < 0
+
+
 def test_another_experiment_is_not_overwritten(tmp_path: Path) -> None:
     silent(replace(EXPERIMENT, epochs=1), tmp_path)
     with pytest.raises(ValueError, match=r"another experiment \(epochs: found 1, expected 4\).*--out"):

@@ -228,12 +228,12 @@ def train(
     images = load(experiment.data)
     chunk_size = 8 if torch.device(device).type == "cpu" else None  # flips at a time: what stays in the cache
     runs = _build(experiment, images, chunk_size).to(device)
+    parameters = [p for p in runs.parameters() if p.requires_grad]
     if experiment.compiled:
         runs.compile(mode="reduce-overhead" if torch.device(device).type == "cuda" else None)
-    x, test = images.train.to(device), images.test.to(device)
+    x, test = (x.to(device, dtype=parameters[0].dtype) for x in (images.train, images.test))
     shuffle = Shuffle(len(x), experiment.batch_size, experiment.seeds)
     loader = DataLoader(Pixels(x, experiment.seeds, images.dynamic), sampler=shuffle, batch_size=None)
-    parameters = [p for p in runs.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=experiment.rate, fused=True)
     began = results.provenance(command, device) | {"settings": settings}
     results.write(path, began)
@@ -270,7 +270,8 @@ def _build(experiment: Experiment, images: Images, chunk_size: int | None) -> Ru
     sizes = SMALL if images.train.shape[1] < 100 else LARGE
     name = experiment.estimator
     first, above = (make_estimator(name, s, chunk_size) for s in (experiment.samples, 1 + (name == "score-loo")))
-    elbo = build(experiment.model, images.train.mean(0), images.levels, first, experiment.seeds, sizes, above)
+    mean = images.train.mean(0, dtype=torch.get_default_dtype())
+    elbo = build(experiment.model, mean, images.levels, first, experiment.seeds, sizes, above)
     return Runs(elbo, len(experiment.seeds))
 
 
