@@ -178,14 +178,19 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _at_time(done: dict[str, Any] | None, seconds: float | None) -> dict[str, Any] | None:
-    """Return the last test bounds that a training had after so many seconds, 5 % more at most."""
+    """Return the last test bounds of a training after so many seconds, 5 % more at most, and the best until then."""
     if done is None or seconds is None:
         return None
     tests = done["tests"]
     fitting = [i for i, t in enumerate(tests["train_seconds"]) if t <= 1.05 * seconds]
     if not fitting:
         return None
-    return {"seconds": seconds, "epoch": tests["epoch"][fitting[-1]], "test": tests["test"][fitting[-1]]}
+    best = max(fitting, key=lambda i: statistics.mean(tests["test"][i]))
+    at = {
+        key: {"epoch": tests["epoch"][i], "test": tests["test"][i]}
+        for key, i in (("last", fitting[-1]), ("best", best))
+    }
+    return {"seconds": seconds, **at["last"], "best": at["best"]}
 
 
 def markdown(content: dict[str, Any]) -> str:
