@@ -11,7 +11,8 @@ import torch
 from torch import distributions as D
 
 import gradlab as gl
-from gradlab.experiments import logistic, toys
+from gradlab.experiments import logistic, tables, toys
+from gradlab.experiments.paper import PAPER
 from gradlab.rules import log_mgf
 from gradlab.special import log_gamma_grad
 from gradlab.taylor import derivatives
@@ -253,3 +254,73 @@ def test_sizes_of_the_features():
     sizes = [x.abs().mean().item() for x in rows.values()]
     assert sizes == pytest.approx([0.24, 0.75], abs=0.005)
     assert rows["standard"].abs().max().item() == pytest.approx(12.07, abs=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+
+def test_printed():
+    """What the paper's own numbers say, and do not."""
+    rows = [row for (_, _), row in PAPER["table1"].items()]
+    mean = [{k: v for k, (v, _) in row.items()} for row in rows]
+    assert all(m["BSB (S=1)"] > max(m["REBAR"], m["RELAX"]) for m in mean)
+    assert sum(m["BSB (S=10)"] < m["BSB (S=1)"] for m in mean) == 5
+    assert mean[0]["BSB (S=1)"] - mean[0]["REBAR"] == pytest.approx(3.27)
+    hots = [{k: v for k, (v, _) in row.items()} for row in PAPER["table2"].values()]
+    assert max(hots[0], key=hots[0].get) == "CSB (S=5)"
+    assert max(hots[2], key=hots[2].get) == "CSB (S=1)"
+    assert all(m["CSB (S=1)"] > m["Gumbel-softmax"] for m in hots)
+    times = [[v for v, _ in row.values()] for row in PAPER["table3"].values()]
+    assert [round(t[1] / t[0], 2) for t in times] == [1.54, 1.77]
+
+
+@pytest.mark.parametrize("name", ["table1", "table2", "table3"])
+def test_stored_tables(name):
+    """Every cell is there, from five runs, by the command that the chapter names."""
+    content = stored(f"{name}-digits")
+    for model in tables.TABLES[name].models:
+        found = content["models"][model]
+        assert list(found) == [m.label for m in tables.TABLES[name].methods]
+        for cell in found.values():
+            assert len(cell["test"]) == 5
+            assert cell["command"].startswith("gradlab reproduce table")
+            assert cell["commit"]
+            assert cell["device"].startswith("cpu")
+    assert content["settings"]["epochs"] == (30 if name != "table3" else 3)
+
+
+def bounds(content, model, method, equal=False):
+    cell = content["models"][model][method]
+    return tensor((cell["equal_time"] if equal else cell)["test"])
+
+
+def leads(a, b):
+    """By how much, and in standard errors."""
+    gap = a.mean() - b.mean()
+    return gap.item(), (gap / (a.var() / len(a) + b.var() / len(b)).sqrt()).item()
+
+
+def test_tables():
+    """The verdicts of chapter 21 on the tables."""
+    bits, hots = stored("table1-digits"), stored("table2-digits")
+    for model in tables.TABLES["table1"].models:
+        for equal, low, high in ((False, 6.3, 8.7), (True, 5.7, 15.5)):
+            for peer in ("REBAR", "RELAX"):
+                gap, z = leads(bounds(bits, model, "BSB (S=1)", equal), bounds(bits, model, peer, equal))
+                assert low < gap < high
+                assert z > 3
+        assert 1.4 < leads(bounds(bits, model, "BSB (S=10)"), bounds(bits, model, "BSB (S=1)"))[0] < 2.05
+    gaps = {
+        (model, equal): leads(bounds(hots, model, "CSB (S=1)", equal), bounds(hots, model, "Gumbel-softmax", equal))
+        for model in tables.TABLES["table2"].models
+        for equal in (False, True)
+    }
+    assert gaps["one-layer-categorical", False][0] == pytest.approx(-2.2, abs=0.05)
+    assert gaps["one-layer-categorical", True][0] == pytest.approx(-6.8, abs=0.05)
+    assert abs(gaps["categorical-vae", False][1]) < 3
+    assert abs(gaps["categorical-vae", True][1]) < 3
+    ratios = [
+        row["CSB (S=1)"]["seconds_an_epoch"] / row["Gumbel-softmax"]["seconds_an_epoch"]
+        for row in stored("table3-digits")["models"].values()
+    ]
+    assert min(ratios) > 2
