@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradlab as gl
@@ -299,6 +300,7 @@ def test_compiled_is_the_same_mathematics(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Runs, "compile", compile_eagerly)
     traced = silent(replace(experiment, compiled=True), tmp_path / "traced")
     assert compiled == [{"mode": None}]
+    assert Distribution._validate_args  # torch.compile would leave it off
     torch.testing.assert_close(torch.tensor(traced["epochs"]["train"]), torch.tensor(eager["epochs"]["train"]))
     base = replace(EXPERIMENT, estimator="disarm", compiled=True)
     assert [e.compiled for e in tables.cells("table1", base)][:3] == [False, False, True]

@@ -10,12 +10,14 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gradlab.experiments import data, results
@@ -239,21 +241,32 @@ def train(
     results.write(path, began)
     watch = _Watch(experiment, runs, optimizer, test, len(shuffle))
     torch.manual_seed(experiment.seeds[0])
-    fit(
-        runs,
-        loader,
-        optimizer,
-        epochs=experiment.epochs,
-        checkpoint=out / f"{experiment.name}.pt",
-        every=max(len(shuffle), 200),
-        log=out / f"{experiment.name}.jsonl",
-        log_every=len(shuffle),
-        progress=progress,
-        on_step=watch,
-    )
+    with _validation():
+        fit(
+            runs,
+            loader,
+            optimizer,
+            epochs=experiment.epochs,
+            checkpoint=out / f"{experiment.name}.pt",
+            every=max(len(shuffle), 200),
+            log=out / f"{experiment.name}.jsonl",
+            log_every=len(shuffle),
+            progress=progress,
+            on_step=watch,
+        )
     result = began | _curves(out / f"{experiment.name}.jsonl")
     results.write(path, result)
     return result
+
+
+@contextmanager
+def _validation() -> Iterator[None]:
+    """Keep the default of torch's distributions, which ``torch.compile`` switches off for the whole process."""
+    before = Distribution._validate_args
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 def check_settings(found: Any, expected: Mapping[str, Any], path: Path) -> None:
