@@ -231,8 +231,6 @@ def train(
     chunk_size = 8 if torch.device(device).type == "cpu" else None  # flips at a time: what stays in the cache
     runs = _build(experiment, images, chunk_size).to(device)
     parameters = [p for p in runs.parameters() if p.requires_grad]
-    if experiment.compiled:
-        runs.compile(mode="reduce-overhead" if torch.device(device).type == "cuda" else None)
     x, test = (x.to(device, dtype=parameters[0].dtype) for x in (images.train, images.test))
     shuffle = Shuffle(len(x), experiment.batch_size, experiment.seeds)
     loader = DataLoader(Pixels(x, experiment.seeds, images.dynamic), sampler=shuffle, batch_size=None)
@@ -242,6 +240,8 @@ def train(
     watch = _Watch(experiment, runs, optimizer, test, len(shuffle))
     torch.manual_seed(experiment.seeds[0])
     with _validation():
+        if experiment.compiled:
+            runs.compile(mode="reduce-overhead" if torch.device(device).type == "cuda" else None)
         fit(
             runs,
             loader,
