@@ -61,6 +61,7 @@ from gradlab.samplers import (
 )
 from gradlab.score import ControlVariate, MuProp, ScoreFunction
 from gradlab.stochastic_backprop import StochasticBackprop
+from gradlab.subsampled import AdaptiveLocalExpectation, TaylorLocalExpectation
 from gradlab.surrogate import attach, descend, magic_box, zero
 from gradlab.svi import ExpectationMaximization, NegativeELBO, expectation_maximization
 from gradlab.training import Fitted, fit
@@ -75,6 +76,7 @@ __all__ = [
     "REBAR",
     "RELAX",
     "VIMCO",
+    "AdaptiveLocalExpectation",
     "AfterLinear",
     "AsymmetricLaplace",
     "Baseline",
@@ -125,6 +127,7 @@ __all__ = [
     "StraightThrough",
     "SumAndSample",
     "SymmetricStable",
+    "TaylorLocalExpectation",
     "Traits",
     "TruncatedNormal",
     "UnorderedSet",

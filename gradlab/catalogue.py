@@ -14,6 +14,7 @@ from gradlab.rebar import REBAR, DoubleControlVariate
 from gradlab.relaxed import GumbelRao, GumbelSoftmax, ReinMax, StraightThrough
 from gradlab.score import MuProp, ScoreFunction
 from gradlab.stochastic_backprop import StochasticBackprop
+from gradlab.subsampled import AdaptiveLocalExpectation, TaylorLocalExpectation
 
 __all__ = ["ESTIMATORS"]
 
@@ -37,6 +38,8 @@ ESTIMATORS: dict[str, Callable[[int], Estimator]] = {
     "disarm": lambda s: DisARM(s),
     "measure-valued": lambda s: MeasureValued(s),
     "local-expectation": lambda s: LocalExpectation(s),
+    "taylor-local-expectation": lambda s: TaylorLocalExpectation(s),
+    "adaptive-local-expectation": lambda s: AdaptiveLocalExpectation(s),
     "sum-and-sample": lambda s: SumAndSample(top=2, num_samples=s),
     "unordered-set": lambda s: UnorderedSet(min(max(s, 2), 10)),
     "stochastic-backprop": lambda s: StochasticBackprop(s),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, OneHotCategorical
+from torch.distributions import Bernoulli, Distribution, OneHotCategorical
 
 from gradlab.distributions import factor, number_of_factors
 from gradlab.estimator import AfterLinear, Cost
@@ -24,6 +24,11 @@ def values_of(q: Distribution) -> Tensor:
 def probabilities(q: Distribution) -> Tensor:
     """Return the probability of each value of each of the d factors, with its graph, ``[*B, d, K]``."""
     p, values = factor(q), values_of(q)
+    if isinstance(p, OneHotCategorical):
+        return p.logits.exp().reshape(*q.batch_shape, number_of_factors(q), len(values))
+    if isinstance(p, Bernoulli):
+        both = torch.stack([torch.sigmoid(-p.logits), torch.sigmoid(p.logits)], -1)
+        return both.reshape(*q.batch_shape, number_of_factors(q), 2)
     table = p.log_prob(values.reshape(len(values), *(1 for _ in p.batch_shape), *p.event_shape)).exp()
     return table.movedim(0, -1).reshape(*q.batch_shape, number_of_factors(q), len(values))
 
@@ -39,6 +44,8 @@ def index_of(q: Distribution, z: Tensor) -> Tensor:
     parts, dims = by_factor(q, z), len(factor(q).event_shape)
     if isinstance(factor(q), OneHotCategorical):
         return parts.argmax(-1)
+    if isinstance(factor(q), Bernoulli):
+        return parts.long()
     same = parts.unsqueeze(parts.ndim - dims) == values_of(q)
     return (same.flatten(-dims).all(-1) if dims else same).to(torch.uint8).argmax(-1)
 

@@ -9,7 +9,8 @@ import torch
 
 import gradlab as gl
 from gradlab.cli import serves
-from gradlab.distributions import has_mean
+from gradlab.distributions import has_mean, number_of_factors
+from gradlab.flips import values_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,18 @@ def _linear_control(problem: gl.Problem, **kwargs: object) -> gl.ControlVariate:
     return gl.ControlVariate(total, lambda q: total(q.mean), **kwargs)
 
 
+def taught(problem: gl.Problem) -> gl.AdaptiveLocalExpectation:
+    """In the middle of learning."""
+    estimator, q = gl.AdaptiveLocalExpectation(1, flips=2), problem.q()
+    if not estimator.supports(q):
+        return estimator
+    d, size = number_of_factors(q), len(values_of(q))
+    cells = torch.arange(d * size * (size - 1), dtype=problem.t.dtype, device=problem.t.device)
+    cells = cells.reshape(d, size, size - 1)
+    estimator.count, estimator.total, estimator.square = cells % 5, cells % 5 * torch.cos(cells), 2 * (cells % 5)
+    return estimator
+
+
 CASES = [
     Case("score", lambda p: gl.ScoreFunction(1)),
     Case("score, constant", lambda p: gl.ScoreFunction(2, baseline=0.3)),
@@ -78,6 +91,8 @@ CASES = [
     Case("disarm", lambda p: gl.DisARM(2)),
     Case("measure-valued", lambda p: gl.MeasureValued(2, chunk_size=3)),
     Case("local expectation", lambda p: gl.LocalExpectation(1, chunk_size=4)),
+    Case("taylor local expectation", lambda p: gl.TaylorLocalExpectation(2)),
+    Case("adaptive local expectation", lambda p: taught(p)),
     Case("sum and sample", lambda p: gl.SumAndSample(2, 2, gl.LeaveOneOut())),
     Case("unordered set", lambda p: gl.UnorderedSet(2)),
     Case(

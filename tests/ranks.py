@@ -76,6 +76,7 @@ def learners() -> dict[str, tuple[gl.Estimator, bool]]:
         "double": (gl.DoubleControlVariate(3), False),
         "leave-one-out": (gl.ScoreFunction(2, gl.LeaveOneOut()), False),
         "local expectation": (gl.LocalExpectation(), False),
+        "adaptive local expectation": (gl.AdaptiveLocalExpectation(), False),
     }
 
 

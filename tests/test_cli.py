@@ -16,7 +16,8 @@ def test_compare_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in out.splitlines()[2:]] == [
         "score", "score-average", "score-loo", "muprop", "gumbel-softmax", "st-gumbel-softmax", "straight-through",
         "gumbel-rao", "reinmax", "rebar", "double-cv", "arm", "disarm", "measure-valued", "local-expectation",
-        "sum-and-sample", "unordered-set", "stochastic-backprop", "enumerate",
+        "taylor-local-expectation", "adaptive-local-expectation", "sum-and-sample", "unordered-set",
+        "stochastic-backprop", "enumerate",
     ]  # fmt: skip
 
 

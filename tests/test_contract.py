@@ -51,7 +51,7 @@ def test_shapes_and_counts(case: Case, problem: gl.Problem, device: torch.device
     assert loss.dtype == torch.float64
     assert loss.device.type == device.type
     assert sum(points) == estimator.evaluations(q)
-    assert len(points) == 1 or hasattr(estimator, "chunk_size")
+    assert len(points) == 1 or hasattr(estimator, "chunk_size") or hasattr(estimator, "flips")
     grads = torch.autograd.grad(loss.sum(), list(params.values()), materialize_grads=True)
     assert all(g.isfinite().all() for g in grads)
 
@@ -496,6 +496,8 @@ COMPILED = [
     ("disarm", "onehot_5x3"),
     ("measure-valued", "normals_3"),
     ("local expectation", "onehot_5x3"),
+    ("taylor local expectation", "bernoulli_3"),
+    ("adaptive local expectation", "onehot_5x3"),
     ("score", "normal_square"),
     ("score, leave-one-out", "normals_3"),
     ("control variate", "normal_square"),

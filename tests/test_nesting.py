@@ -28,6 +28,8 @@ DISCRETE = {
     "disarm": lambda: gl.DisARM(),
     "measure-valued": lambda: gl.MeasureValued(),
     "local": lambda: gl.LocalExpectation(chunk_size=1),
+    "taylor": lambda: gl.TaylorLocalExpectation(),
+    "adaptive": lambda: gl.AdaptiveLocalExpectation(flips=1),
     "sum and sample": lambda: gl.SumAndSample(1),
     "unordered set": lambda: gl.UnorderedSet(2),
     "enumerate": lambda: gl.Enumerate(),

@@ -127,7 +127,16 @@ def test_hand_written_derivatives_raise(case: Case, problem: gl.Problem, device:
 
 
 @pytest.mark.parametrize(
-    "estimator", [gl.ARM(), gl.DisARM(), gl.LocalExpectation(), gl.MeasureValued()], ids=lambda e: type(e).__name__
+    "estimator",
+    [
+        gl.ARM(),
+        gl.DisARM(),
+        gl.LocalExpectation(),
+        gl.MeasureValued(),
+        gl.TaylorLocalExpectation(),
+        gl.AdaptiveLocalExpectation(),
+    ],
+    ids=lambda e: type(e).__name__,
 )
 def test_attached_derivatives_raise(estimator: gl.Estimator) -> None:
     problem = gl.problem("bernoulli_3")
