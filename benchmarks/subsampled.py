@@ -112,6 +112,13 @@ SUBSAMPLED: dict[str, dict[str, Callable[[], gl.Estimator]]] = {
 }
 
 
+GOALS = {
+    ("L1", "taylor M=1"): {"step / floor": 1.6, "work": 0.012},
+    ("J", "adaptive M=2"): {"step / floor": 1.35},
+    ("J", "adaptive M=5"): {"step / floor": 1.65, "work": 0.06},
+}
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,7 +153,7 @@ def measure(name: str, rounds: int, steps: int, replicates: int) -> list[dict[st
     exact = gl.LocalExpectation(chunk_size=20)
     variances = {k: variance(model, x, e.eval(), replicates) for k, e in estimators.items() if e}
     variances["exact"] = variance(model, x, exact, max(replicates // 10, 10))
-    lines = []
+    lines: list[dict[str, object]] = []
     for key in [k for k in estimators if k != "floor"]:
         ratio = summary(times[key], times["floor"])
         work = statistics.median(a / b for a, b in zip(alone[key], alone["leave-one-out S=2"], strict=True))
@@ -154,7 +161,7 @@ def measure(name: str, rounds: int, steps: int, replicates: int) -> list[dict[st
         lines.append(
             {"model": name, "estimator": key, "step / floor": ratio, "variance / leave-one-out": round(relative, 4),
              "variance / exact": round(variances[key] / variances["exact"], 3), "time / leave-one-out": round(work, 3),
-             "work": round(relative * work, 4), "rounds": rounds}
+             "work": round(relative * work, 4), "goal": GOALS.get((name, key)), "rounds": rounds}
         )  # fmt: skip
     return lines
 

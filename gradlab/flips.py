@@ -23,12 +23,13 @@ def values_of(q: Distribution) -> Tensor:
 
 def probabilities(q: Distribution) -> Tensor:
     """Return the probability of each value of each of the d factors, with its graph, ``[*B, d, K]``."""
-    p, values = factor(q), values_of(q)
+    p = factor(q)
     if isinstance(p, OneHotCategorical):
-        return p.logits.exp().reshape(*q.batch_shape, number_of_factors(q), len(values))
+        return p.logits.exp().reshape(*q.batch_shape, number_of_factors(q), -1)
     if isinstance(p, Bernoulli):
         both = torch.stack([torch.sigmoid(-p.logits), torch.sigmoid(p.logits)], -1)
         return both.reshape(*q.batch_shape, number_of_factors(q), 2)
+    values = values_of(q)
     table = p.log_prob(values.reshape(len(values), *(1 for _ in p.batch_shape), *p.event_shape)).exp()
     return table.movedim(0, -1).reshape(*q.batch_shape, number_of_factors(q), len(values))
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution, OneHotCategorical
+from torch.distributions import Bernoulli, Binomial, Distribution, OneHotCategorical
 
-from gradlab.distributions import factor, has_finite_support, has_mean, number_of_factors
+from gradlab.distributions import factor, has_finite_support, number_of_factors
 from gradlab.estimator import AfterLinear, Cost, Estimator, Traits
 from gradlab.flips import by_factor, index_of, probabilities, values_of
 from gradlab.gumbel import is_relaxable
@@ -73,7 +73,7 @@ class _Subsampled(Estimator):
 
     @classmethod
     def supports(cls, q: Distribution) -> bool:
-        return has_finite_support(q) and has_mean(q) and (not factor(q).event_shape or is_relaxable(q))
+        return has_finite_support(q) and isinstance(factor(q), Bernoulli | OneHotCategorical | Binomial)
 
     def evaluations(self, q: Distribution) -> int:
         return self.num_samples * (1 + min(self.flips, number_of_factors(q) * (len(values_of(q)) - 1)))
@@ -236,7 +236,7 @@ class AdaptiveLocalExpectation(_Subsampled):
     def _guess(self, q: Distribution, f: Cost, here: Flips, before: Tensor | None) -> Guess:
         if not len(self.count):
             return NOTHING
-        d, size = number_of_factors(q), len(values_of(q))
+        d, size = here.others.shape[-2], here.others.shape[-1] + 1
         if self.count.shape != (d, size, size - 1):
             raise ValueError(
                 f"AdaptiveLocalExpectation: found {d} factors of {size} values, expected {self.count.shape[0]} of "
@@ -252,27 +252,28 @@ class AdaptiveLocalExpectation(_Subsampled):
     def _watch(self, q: Distribution, cost: Tensor, z: Tensor, here: Flips, chosen: Tensor, gain: Tensor) -> None:
         if not self.training or not (z.requires_grad or is_transformed(z)):
             return
-        if is_transformed(z):
+        if is_transformed(z) or torch.compiler.is_compiling():
             raise RuntimeError(
-                "AdaptiveLocalExpectation: found training mode inside torch.func, expected eval mode: a transform "
-                "cannot update a table. Call estimator.eval() first."
+                "AdaptiveLocalExpectation: found training mode inside torch.func or torch.compile, expected eval mode: "
+                "neither can update the table. Call estimator.eval() first, or compile f alone."
             )
         upstream: list[Tensor] = []
 
         def learn(gradient: Tensor) -> None:
             with torch.no_grad():
                 along = _along(q, gradient, here, chosen) / upstream.pop()[..., None]  # of f, not of the loss
-                self._learn(q, here, chosen, gain - along)
+                self._learn(here, chosen, gain - along)
 
         cost.register_hook(lambda gradient: upstream.append(gradient.detach()))
         z.register_hook(learn)
 
-    def _learn(self, q: Distribution, here: Flips, chosen: Tensor, residual: Tensor) -> None:
+    def _learn(self, here: Flips, chosen: Tensor, residual: Tensor) -> None:
         """Forget a little, and enter the residuals ``[S, *B, M]``; one that is not finite had no slope."""
-        d, size = number_of_factors(q), len(values_of(q))
+        d, size = here.others.shape[-2], here.others.shape[-1] + 1
         if not len(self.count):
             for name in TABLES:
-                setattr(self, name, residual.new_zeros(d, size, size - 1))
+                wide = torch.promote_types(residual.dtype, torch.float32)
+                setattr(self, name, residual.new_zeros(d, size, size - 1, dtype=wide))
         j, turn = _divmod(chosen, size - 1)
         cell = (j * size + here.value.gather(-1, j)) * (size - 1) + turn
         known = residual.isfinite()
@@ -283,7 +284,7 @@ class AdaptiveLocalExpectation(_Subsampled):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in TABLES:
             if (found := state_dict.get(prefix + name)) is not None:
-                setattr(self, name, getattr(self, name).new_zeros(found.shape))
+                setattr(self, name, torch.zeros_like(found, device=getattr(self, name).device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
@@ -367,10 +368,10 @@ def flips_of(q: Distribution, z: Tensor) -> Flips:
     if isinstance(p, Bernoulli):
         away = torch.sigmoid((1 - 2 * z) * p.logits).reshape(*index.shape, 1)
         return Flips(by_factor(q, z), index, 1 - index[..., None], away)
-    size = len(values_of(q))
-    others = (index[..., None] + torch.arange(1, size, device=z.device)) % size
     pi = probabilities(q)
-    return Flips(by_factor(q, z), index, others, pi.expand(*index.shape, size).gather(-1, others))
+    turn = torch.arange(pi.shape[-1], device=z.device)
+    others = F.embedding(index, (turn[:, None] + turn[1:]) % len(turn))  # of few, not a remainder for each
+    return Flips(by_factor(q, z), index, others, pi.expand(*index.shape, -1).gather(-1, others))
 
 
 def _total_move(q: Distribution, here: Flips, weight: Tensor) -> Tensor:
@@ -417,21 +418,25 @@ def cost_of_flips(q: Distribution, f: Cost, here: Flips, before: Tensor | None, 
         chosen: which, ``[S, *B, M]``.
     """
     with torch.no_grad():
-        j, old, new = (x.movedim(-1, 0) for x in _ends(q, here, chosen))  # [M, S, *B]
+        j, old, new = (x.movedim(-1, 0).contiguous() for x in _ends(q, here, chosen))  # [M, S, *B]
         if isinstance(f, AfterLinear) and before is not None:
-            return f.g(before + _shift(q, f, j, old, new)).movedim(0, -1)
+            shifted = (before + _shift(q, f, j, old, new)).flatten(0, 1)  # [M S, *B, H]: one leading dim is fastest
+            return f.g(shifted).reshape(j.shape).movedim(0, -1)
         values = values_of(q)
         flipped = j[..., None] == torch.arange(here.value.shape[-1], device=j.device)  # [M, S, *B, d]
         flipped = flipped.reshape(*flipped.shape, *(1 for _ in values.shape[1:]))
         points = torch.where(flipped, values[new].unsqueeze(j.ndim).to(here.parts), here.parts)
-        return f(points.reshape(*j.shape, *q.event_shape)).movedim(0, -1)
+        points = points.reshape(-1, *j.shape[2:], *q.event_shape)
+        return f(points).reshape(j.shape).movedim(0, -1)
 
 
 def _shift(q: Distribution, f: AfterLinear, j: Tensor, old: Tensor, new: Tensor) -> Tensor:
     """Return what the new value of a factor in place of the old one changes in the first layer, ``[M, S, *B, H]``."""
-    values, rows = values_of(q), f.linear.weight.T
+    rows = f.linear.weight.T
     if isinstance(factor(q), OneHotCategorical):
-        return rows[j * len(values) + new] - rows[j * len(values) + old]
+        size = len(rows) // number_of_factors(q)
+        return rows[j * size + new] - rows[j * size + old]
+    values = values_of(q)
     return rows[j] * (values[new] - values[old])[..., None].to(rows)
 
 

@@ -72,8 +72,8 @@ def methods() -> str:
         "What each estimator of the package declares about itself, and what tests hold it to: the number of\n"
         "evaluations to a cost that counts, *unbiased* to the exact gradient, second derivatives to the exact Hessian\n"
         "or a clear error. S is `num_samples`, K the number of values of one discrete factor, d the number of\n"
-        "factors, P that of the parameters of one factor, M the values summed. *Exact samples*: f is evaluated on the\n"
-        "support of q only.\n",
+        "factors, P that of the parameters of one factor, M the values summed, or the flips\n"
+        "evaluated. *Exact samples*: f is evaluated on the support of q only.\n",
         _table(TRAITS),
         "\n## What each one serves\n",
         _table(DOMAIN),
