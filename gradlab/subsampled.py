@@ -6,7 +6,8 @@ Both estimators have the gradient
           \big(f(z_{-j}, k) - f(z) - t_{jk}\big)\Big)\Big],
 
 where t guesses what the flip of factor j to its value k changes, and the flip is evaluated (I = 1) with probability
-:math:`\rho`. Whatever the guess, :math:`E[I] = \rho` makes it unbiased.
+:math:`\rho`. Given z, the mean of :math:`I/\rho` is 1: the guess cancels, whatever it is, and what is left is the local
+expectation. No :math:`\rho` is below a tenth of an even share, so that the variance is finite.
 """
 
 from __future__ import annotations
@@ -47,6 +48,15 @@ class Flips(NamedTuple):
     value: Tensor  # the value that each factor has, [S, *B, d]
     others: Tensor  # the value that each flip gives, [S, *B, d, K - 1]
     pi: Tensor  # its probability, with its graph, [S, *B, d, K - 1]
+
+
+class Chosen(NamedTuple):
+    """The flips that are evaluated, ``[S, *B, M]`` each."""
+
+    place: Tensor  # in [d, K - 1] flattened
+    factor: Tensor
+    old: Tensor  # the value that the factor has
+    new: Tensor  # the value that the flip gives
 
 
 class Guess(NamedTuple):
@@ -92,16 +102,17 @@ class _Subsampled(Estimator):
             before = f.before(z)
         guess = self._guess(q, f, here, before)
         chance = inclusion(here.pi.detach(), guess.error, self.flips)  # [S, *B, d, K - 1]
-        chosen, weight = systematic(chance, noise.start, self.flips)  # [S, *B, M] each
+        place, weight = systematic(chance, noise.start, self.flips)  # [S, *B, M] each
+        chosen = choose(here, place)
         if self._follows(f):
-            left = _put(torch.ones_like(chance), chosen, -weight)  # 1 - I / rho, of mean zero
+            left = _put(torch.ones_like(chance), place, -weight)  # 1 - I / rho, of mean zero
             z = z + zero(_total_move(q, here, here.pi * left)).reshape(z.shape)
             before = f.before(z) if isinstance(f, AfterLinear) else None
         cost = f(z) if before is None else f.g(before)  # [S, *B]
         gain = cost_of_flips(q, f, here, before, chosen) - cost.detach()[..., None]  # [S, *B, M]
         self._watch(q, cost, z, here, chosen, gain)
-        known = torch.zeros_like(chance) + guess.gain
-        table = _put(known, chosen, weight * (gain - known.flatten(-2).gather(-1, chosen)))
+        known = guess.gain if isinstance(guess.gain, Tensor) else torch.full_like(chance, guess.gain)
+        table = _put(known, place, weight * (gain - known.flatten(-2).gather(-1, place)))
         return attach(cost, here.pi, table).mean(0)
 
     @abstractmethod
@@ -112,7 +123,7 @@ class _Subsampled(Estimator):
         """Whether the slope of f at the samples is a part of the guess, by backpropagation through f."""
         return True
 
-    def _watch(self, q: Distribution, cost: Tensor, z: Tensor, here: Flips, chosen: Tensor, gain: Tensor) -> None:
+    def _watch(self, q: Distribution, cost: Tensor, z: Tensor, here: Flips, chosen: Chosen, gain: Tensor) -> None:
         """See which flips were evaluated."""
 
     def extra_repr(self) -> str:
@@ -130,12 +141,13 @@ class TaylorLocalExpectation(_Subsampled):
     :math:`f(z) = \sum_p\gamma_p(h_p)` with :math:`h = Wz + b`, and serves all flips at once with two products of
     matrices. Any other f gets the first order, at the price of the backward pass through f that trains f anyway.
 
-    Unbiased: E[I] = rho cancels t, whatever it is. M = d(K - 1) is :class:`LocalExpectation`, sample by sample; an f
-    that is quadratic in each :math:`h_p` (to first order: linear in z) has nothing left to correct.
+    Unbiased: given z, :math:`E[I/\rho] = 1` for the flips that are evaluated, so that t cancels whatever it is. With
+    M = d(K - 1) it is :class:`LocalExpectation`, sample by sample; for an f that is quadratic in each :math:`h_p` (to
+    first order: linear in z) too, with any M.
 
     Args:
         num_samples: S.
-        flips: M, how many flips of a sample are evaluated; a few per cent of them do.
+        flips: M, how many flips of a sample are evaluated; to second order, one of 200 will do.
 
     Reference:
         `Local Expectation Gradients for Black Box Variational Inference <https://arxiv.org/abs/1503.01494>`_, Titsias
@@ -183,10 +195,11 @@ class AdaptiveLocalExpectation(_Subsampled):
     the same two values, changed beyond the slope of f. The ``backward()`` that trains q adds the M new flips to the
     table, in training mode only; no derivative of f is taken twice.
 
-    Unbiased at every step: the table knows earlier samples only, so E[I] = rho cancels t. Exact for a linear f. An f
-    without derivative by z has slope zero, and its table stays empty. ``state_dict()`` holds the table. Every rank of
-    a DDP model stays unbiased; with DDP's default ``broadcast_buffers=True`` all use the table of rank 0, with False
-    each keeps its own.
+    Unbiased at every step of learning: the table is one of earlier steps, so that given z and the table
+    :math:`E[I/\rho] = 1`, and t cancels. For a linear f it is :class:`LocalExpectation`, sample by sample. An f without
+    derivative by z has slope zero, and its table stays empty. ``state_dict()`` holds the table. Every rank of a DDP
+    model stays unbiased; with DDP's default ``broadcast_buffers=True`` all use the table of rank 0, with False each
+    keeps its own.
 
     One module serves one q: its table has the factors and values of the first that it is trained with.
 
@@ -249,7 +262,7 @@ class AdaptiveLocalExpectation(_Subsampled):
         row = here.value + size * torch.arange(d, device=mean.device)  # [S, *B, d]
         return Guess(*(F.embedding(row, t.to(here.pi.dtype).flatten(0, 1)) for t in (mean, error)))
 
-    def _watch(self, q: Distribution, cost: Tensor, z: Tensor, here: Flips, chosen: Tensor, gain: Tensor) -> None:
+    def _watch(self, q: Distribution, cost: Tensor, z: Tensor, here: Flips, chosen: Chosen, gain: Tensor) -> None:
         if not self.training or not (z.requires_grad or is_transformed(z)):
             return
         if is_transformed(z) or torch.compiler.is_compiling():
@@ -261,21 +274,20 @@ class AdaptiveLocalExpectation(_Subsampled):
 
         def learn(gradient: Tensor) -> None:
             with torch.no_grad():
-                along = _along(q, gradient, here, chosen) / upstream.pop()[..., None]  # of f, not of the loss
+                along = _along(q, gradient, chosen) / upstream.pop()[..., None]  # of f, not of the loss
                 self._learn(here, chosen, gain - along)
 
         cost.register_hook(lambda gradient: upstream.append(gradient.detach()))
         z.register_hook(learn)
 
-    def _learn(self, here: Flips, chosen: Tensor, residual: Tensor) -> None:
+    def _learn(self, here: Flips, chosen: Chosen, residual: Tensor) -> None:
         """Forget a little, and enter the residuals ``[S, *B, M]``; one that is not finite had no slope."""
         d, size = here.others.shape[-2], here.others.shape[-1] + 1
         if not len(self.count):
             for name in TABLES:
                 wide = torch.promote_types(residual.dtype, torch.float32)
                 setattr(self, name, residual.new_zeros(d, size, size - 1, dtype=wide))
-        j, turn = _divmod(chosen, size - 1)
-        cell = (j * size + here.value.gather(-1, j)) * (size - 1) + turn
+        cell = (chosen.factor * size + chosen.old) * (size - 1) + chosen.place % (size - 1)
         known = residual.isfinite()
         r = torch.where(known, residual, 0.0).to(self.count)
         for table, entry in zip((self.count, self.total, self.square), (known.to(r), r, r * r), strict=True):
@@ -339,9 +351,9 @@ def systematic(chance: Tensor, start: Tensor, flips: int) -> tuple[Tensor, Tenso
     return chosen, 1 / flat.gather(-1, chosen)
 
 
-def _put(table: Tensor, chosen: Tensor, values: Tensor) -> Tensor:
+def _put(table: Tensor, place: Tensor, values: Tensor) -> Tensor:
     """Return the table ``[S, *B, d, K - 1]`` with the values ``[S, *B, M]`` added at their places."""
-    return table.flatten(-2).scatter_add(-1, chosen, values).reshape(table.shape)
+    return table.flatten(-2).scatter_add(-1, place, values).reshape(table.shape)
 
 
 # -------------------------------------------------------------------------------------- what flips change
@@ -387,19 +399,16 @@ def _total_move(q: Distribution, here: Flips, weight: Tensor) -> Tensor:
     return (weight * (values_of(q)[others] - parts[..., None])).sum(-1)
 
 
-def _ends(q: Distribution, here: Flips, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the factor, the value and the new value of each chosen flip, ``[S, *B, M]``."""
-    j, _ = _divmod(chosen, here.others.shape[-1])
-    return j, here.value.gather(-1, j), here.others.flatten(-2).gather(-1, chosen)
+def choose(here: Flips, place: Tensor) -> Chosen:
+    """Return the flips at these places."""
+    turns = here.others.shape[-1]
+    j = place.div(turns, rounding_mode="floor") if turns > 1 else place
+    return Chosen(place, j, here.value.gather(-1, j), here.others.flatten(-2).gather(-1, place))
 
 
-def _divmod(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    return (x, torch.zeros_like(x)) if size == 1 else (x.div(size, rounding_mode="floor"), x % size)
-
-
-def _along(q: Distribution, slope: Tensor, here: Flips, chosen: Tensor) -> Tensor:
+def _along(q: Distribution, slope: Tensor, chosen: Chosen) -> Tensor:
     """Return what the slope ``[S, *B, *E]`` makes of the chosen flips, ``[S, *B, M]``."""
-    slope, (j, old, new) = by_factor(q, slope.detach()), _ends(q, here, chosen)
+    slope, (_, j, old, new) = by_factor(q, slope.detach()), chosen
     if isinstance(factor(q), OneHotCategorical):
         flat, size = slope.flatten(-2), slope.shape[-1]
         return flat.gather(-1, j * size + new) - flat.gather(-1, j * size + old)
@@ -407,7 +416,7 @@ def _along(q: Distribution, slope: Tensor, here: Flips, chosen: Tensor) -> Tenso
     return slope.gather(-1, j) * (values[new] - values[old])
 
 
-def cost_of_flips(q: Distribution, f: Cost, here: Flips, before: Tensor | None, chosen: Tensor) -> Tensor:
+def cost_of_flips(q: Distribution, f: Cost, here: Flips, before: Tensor | None, chosen: Chosen) -> Tensor:
     """Return the cost of the chosen flips ``[S, *B, M]``, without a graph.
 
     Args:
@@ -415,10 +424,10 @@ def cost_of_flips(q: Distribution, f: Cost, here: Flips, before: Tensor | None, 
         f: the cost.
         here: the flips of z.
         before: for an :class:`AfterLinear`, its first layer at z: the flips then update it.
-        chosen: which, ``[S, *B, M]``.
+        chosen: which.
     """
     with torch.no_grad():
-        j, old, new = (x.movedim(-1, 0).contiguous() for x in _ends(q, here, chosen))  # [M, S, *B]
+        _, j, old, new = (x.movedim(-1, 0).contiguous() for x in chosen)  # [M, S, *B]
         if isinstance(f, AfterLinear) and before is not None:
             shifted = (before + _shift(q, f, j, old, new)).flatten(0, 1)  # [M S, *B, H]: one leading dim is fastest
             return f.g(shifted).reshape(j.shape).movedim(0, -1)
