@@ -2,6 +2,7 @@
 
 from gradlab import rules as rules
 from gradlab.baselines import Baseline, Constant, Learned, LeaveOneOut, MovingAverage
+from gradlab.bernoulli import BernoulliAfterLinear
 from gradlab.count_laws import (
     BetaBinomial,
     Cliques,
@@ -63,7 +64,13 @@ from gradlab.score import ControlVariate, MuProp, ScoreFunction
 from gradlab.stochastic_backprop import StochasticBackprop
 from gradlab.subsampled import AdaptiveLocalExpectation, TaylorLocalExpectation
 from gradlab.surrogate import attach, descend, magic_box, zero
-from gradlab.svi import ExpectationMaximization, NegativeELBO, expectation_maximization
+from gradlab.svi import (
+    BernoulliLikelihood,
+    ExpectationMaximization,
+    LikelihoodAfterLinear,
+    NegativeELBO,
+    expectation_maximization,
+)
 from gradlab.training import Fitted, fit
 
 __version__ = "0.1.0"
@@ -80,6 +87,8 @@ __all__ = [
     "AfterLinear",
     "AsymmetricLaplace",
     "Baseline",
+    "BernoulliAfterLinear",
+    "BernoulliLikelihood",
     "BetaBinomial",
     "Cliques",
     "Comparison",
@@ -103,6 +112,7 @@ __all__ = [
     "InverseGaussian",
     "Learned",
     "LeaveOneOut",
+    "LikelihoodAfterLinear",
     "LocalExpectation",
     "LogLikelihood",
     "Logistic",

@@ -47,8 +47,7 @@ class AfterLinear:
     """
 
     def __init__(self, linear: nn.Linear, g: Cost, separable: bool = False) -> None:
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"AfterLinear: found a layer of type {type(linear).__name__}, expected a torch.nn.Linear.")
+        check_linear(linear, "AfterLinear")
         self.linear, self.g, self.separable = linear, g, separable
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -56,14 +55,7 @@ class AfterLinear:
 
     def before(self, z: Tensor) -> Tensor:
         """Return Wz + b, ``[*L, *B, H]``; the trailing dims of z that make up one input are flattened."""
-        size, width = 1, self.linear.in_features
-        for dims in range(1, z.ndim + 1):
-            if (size := size * z.shape[-dims]) == width:
-                return self.linear(z.flatten(-dims))
-        raise ValueError(
-            f"AfterLinear: found z of shape {tuple(z.shape)}, expected trailing event dims of {width} numbers in all, "
-            "the in_features of its linear layer."
-        )
+        return apply_linear(self.linear, z)
 
     def with_tail(self, g: Cost) -> AfterLinear:
         """Return the same cost with another way to compute g."""
@@ -89,6 +81,24 @@ class AfterLinear:
         with torch.no_grad():
             second, first = torch.func.grad(total, has_aux=True)(h)
         return first, second
+
+
+def check_linear(linear: nn.Module, name: str) -> None:
+    """Raise a TypeError unless the layer is a torch.nn.Linear."""
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"{name}: found a layer of type {type(linear).__name__}, expected a torch.nn.Linear.")
+
+
+def apply_linear(linear: nn.Linear, z: Tensor) -> Tensor:
+    """Return Wz + b, ``[*L, H]``, for z ``[*L, *E]`` whose trailing dims *E make up one input."""
+    size, width = 1, linear.in_features
+    for dims in range(1, z.ndim + 1):
+        if (size := size * z.shape[-dims]) == width:
+            return linear(z.flatten(-dims))
+    raise ValueError(
+        f"AfterLinear: found z of shape {tuple(z.shape)}, expected trailing event dims of {width} numbers in all, "
+        "the in_features of its linear layer."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

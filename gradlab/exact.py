@@ -10,8 +10,8 @@ from torch.distributions import Distribution
 
 from gradlab.baselines import Baseline, as_baseline
 from gradlab.distributions import has_finite_support, number_of_factors, support, support_size
-from gradlab.estimator import Cost, Estimator, Traits
-from gradlab.flips import check_chunk_size, index_of, probabilities, replace_each, values_of
+from gradlab.estimator import AfterLinear, Cost, Estimator, Traits
+from gradlab.flips import check_chunk_size, probabilities, replace_all, values_of
 from gradlab.gumbel import gumbel
 from gradlab.samplers import sample
 from gradlab.surrogate import attach, magic_box
@@ -76,7 +76,8 @@ class LocalExpectation(Estimator):
 
     Exact for one factor, and for a cost that is a sum over factors. For a parameter of one factor, its variance never
     exceeds that of the score function with as many samples. f is evaluated without a graph, except at the samples, and
-    not at all beyond them under ``torch.no_grad()``.
+    not at all beyond them under ``torch.no_grad()``. A cost that begins with a linear layer says so as a
+    :class:`gradlab.AfterLinear`, that of binary data as a :class:`gradlab.BernoulliAfterLinear`, for cheaper flips.
 
     Args:
         num_samples: S.
@@ -121,15 +122,11 @@ class LocalExpectation(Estimator):
         return sample(q, torch.Size([self.num_samples]))
 
     def estimate(self, q: Distribution, f: Cost, noise: Tensor, context: Tensor | None = None) -> Tensor:
-        cost = f(noise)  # [S, *B]
+        before = f.before(noise) if isinstance(f, AfterLinear) else None
+        cost = f(noise) if before is None else f.g(before)  # [S, *B]
         if not torch.is_grad_enabled():
             return cost.mean(0)
-        values, index = values_of(q), index_of(q, noise)  # [K, *F], [S, *B, d]
-        turns = torch.arange(1, len(values), device=index.device).reshape(-1, *(1 for _ in index.shape))
-        others = (index + turns) % len(values)  # [K - 1, S, *B, d]
-        flipped = replace_each(q, f, noise, values[others], self.chunk_size)  # [K - 1, d, S, *B]
-        gain = flipped.movedim((0, 1), (-1, -2)) - cost.detach()[..., None, None]  # [S, *B, d, K - 1]
-        table = gain.new_zeros(*index.shape, len(values)).scatter(-1, others.movedim(0, -1), gain)
+        table = replace_all(q, f, noise, cost, before, self.chunk_size)  # [S, *B, d, K]
         return attach(cost.mean(0), probabilities(q), table.mean(0))
 
     def extra_repr(self) -> str:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, OneHotCategorical
 
+from gradlab.bernoulli import BernoulliAfterLinear
 from gradlab.distributions import factor, number_of_factors
 from gradlab.estimator import AfterLinear, Cost
+from gradlab.gumbel import is_relaxable
 from gradlab.taylor import derivatives
 
 __all__: list[str] = []
@@ -63,6 +65,29 @@ def replace_each(q: Distribution, f: Cost, z: Tensor, values: Tensor, chunk_size
     """
     with torch.no_grad():
         return move_each(q, f, z, values, torch.zeros_like(values), 0, chunk_size)[0]
+
+
+def replace_all(
+    q: Distribution, f: Cost, z: Tensor, cost: Tensor, before: Tensor | None = None, chunk_size: int | None = None
+) -> Tensor:
+    """Return what replacing each factor of z by each of its K values adds to the cost, ``[*L, d, K]``, without a graph.
+
+    Args:
+        q, f, z, chunk_size: as in :func:`replace_each`.
+        cost: f(z), ``[*L]``.
+        before: the first layer of an :class:`AfterLinear` at z, if known.
+    """
+    values, index = values_of(q), index_of(q, z)  # [K, *F], [*L, d]
+    if isinstance(f, BernoulliAfterLinear) and is_relaxable(q):
+        with torch.no_grad():
+            return f.flips(q, f.before(z) if before is None else before, index).to(cost.dtype)
+    if len(values) == 1:
+        return cost.new_zeros(*index.shape, 1)
+    turns = torch.arange(1, len(values), device=index.device).reshape(-1, *(1 for _ in index.shape))
+    others = (index + turns) % len(values)  # [K - 1, *L, d]
+    flipped = replace_each(q, f, z, values[others], chunk_size)  # [K - 1, d, *L]
+    gain = flipped.movedim((0, 1), (-1, -2)) - cost.detach()[..., None, None]  # [*L, d, K - 1]
+    return gain.new_zeros(*index.shape, len(values)).scatter(-1, others.movedim(0, -1), gain)
 
 
 def move_each(

@@ -7,8 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Bernoulli, Distribution, Independent, kl_divergence
 
+from gradlab.bernoulli import BernoulliAfterLinear
 from gradlab.densities import (
     distribution_of,
     log_density,
@@ -17,12 +18,69 @@ from gradlab.densities import (
     path_log_density,
 )
 from gradlab.distributions import factor, has_moving_support, is_discrete, support
-from gradlab.estimator import Estimator, describe
+from gradlab.estimator import AfterLinear, Estimator, apply_linear, check_linear, describe
 from gradlab.gumbel import is_relaxable
 
-__all__ = ["ExpectationMaximization", "NegativeELBO", "expectation_maximization"]
+__all__ = [
+    "BernoulliLikelihood",
+    "ExpectationMaximization",
+    "LikelihoodAfterLinear",
+    "NegativeELBO",
+    "expectation_maximization",
+]
 
 MODES = ("auto", "analytic", "sample", "total")
+
+
+class LikelihoodAfterLinear(nn.Module):
+    r"""A likelihood that begins with a linear layer, :math:`p(x\mid z) = p(x \mid g(W z + b))`.
+
+    Where the KL is exact, :class:`NegativeELBO` hands its estimator a :class:`gradlab.AfterLinear`, so that one that
+    changes a coordinate of z at a time, such as :class:`gradlab.LocalExpectation`, updates Wz instead of computing it
+    anew. The loss is that of the same likelihood written as a plain module.
+
+    Args:
+        linear: the layer, of the flattened event dims of z.
+        tail: a module, ``h [*L, *B, H] -> p(x | z)`` with batch dims ``[*L, *B]``.
+
+    >>> from torch.distributions import Normal
+    >>> likelihood = LikelihoodAfterLinear(nn.Linear(6, 4), lambda h: Normal(h.tanh().sum(-1), 1.0))
+    >>> likelihood(torch.ones(5, 2, 3)).batch_shape  # z of two factors
+    torch.Size([5])
+    """
+
+    def __init__(self, linear: nn.Linear, tail: Callable[[Tensor], Distribution]) -> None:
+        super().__init__()
+        check_linear(linear, type(self).__name__)
+        self.linear, self.tail = linear, tail
+
+    def forward(self, z: Tensor) -> Distribution:
+        return self.tail(apply_linear(self.linear, z))
+
+    def cost(self, x: Tensor, log_p: Callable[..., Tensor] = log_likelihood_at) -> AfterLinear:
+        r"""Return :math:`-\log p(x\mid z)` as a cost of z; ``log_p`` says how x is looked at."""
+        return AfterLinear(self.linear, lambda h: -log_p(self.tail, x, h, h.shape[:-1]))
+
+
+class BernoulliLikelihood(LikelihoodAfterLinear):
+    r"""Binary data whose logits are a linear layer of z, :math:`x_p \sim \mathrm{Bernoulli}(\sigma(W z + b)_p)`.
+
+    The decoder of a sigmoid belief network, or of a VAE without hidden layers. :class:`NegativeELBO` makes a
+    :class:`gradlab.BernoulliAfterLinear` of it, whose flips cost a fraction.
+
+    Args:
+        linear: the layer, of the flattened event dims of z.
+
+    >>> likelihood = BernoulliLikelihood(nn.Linear(6, 784))
+    >>> likelihood(torch.ones(5, 2, 3)).event_shape
+    torch.Size([784])
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear, lambda h: Independent(Bernoulli(logits=h), 1))
+
+    def cost(self, x: Tensor, log_p: Callable[..., Tensor] = log_likelihood_at) -> AfterLinear:
+        return BernoulliAfterLinear(self.linear, x)
 
 
 class NegativeELBO(nn.Module):
@@ -48,7 +106,8 @@ class NegativeELBO(nn.Module):
         guide: a module, ``x -> q(z | x)`` with batch dims ``*B`` and event dims ``*E``.
         prior: a distribution of event dims ``*E``, or a module that returns one, ``prior()``; or the
             ``NegativeELBO`` of the layers above, whose guide and likelihood are then called with ``z [*L, *B, *E]``.
-        likelihood: a module, ``z [*L, *B, *E] -> p(x | z)`` with batch dims ``[*L, *B]`` for any leading dims ``*L``.
+        likelihood: a module, ``z [*L, *B, *E] -> p(x | z)`` with batch dims ``[*L, *B]`` for any leading dims ``*L``;
+            a :class:`LikelihoodAfterLinear` makes the flips of a local expectation cheap.
         estimator: how the gradient of the expectation is estimated.
         kl: "auto"; "analytic" (an error where torch has none); "sample", in the cost although torch may have one; or
             "total", the same with the score left in (as it always is for a support that moves with q's parameters).
@@ -110,12 +169,17 @@ class NegativeELBO(nn.Module):
         kl = self._analytic_kl(q, prior)
         log_q = log_density if self.kl == "total" or has_moving_support(q) else path_log_density
 
-        def f(z: Tensor) -> Tensor:
-            cost = -log_p(self.likelihood, x, z, z.shape[: z.ndim - len(q.event_shape)])
-            return cost if kl is not None else cost + self.kl_weight * (log_q(q, z) - log_prior(prior, z))
+        def cost(z: Tensor) -> Tensor:
+            return -log_p(self.likelihood, x, z, z.shape[: z.ndim - len(q.event_shape)])
 
-        loss = self.estimator(q, f, context)
-        return loss if kl is None else loss + self.kl_weight * kl
+        def with_kl(z: Tensor) -> Tensor:
+            return cost(z) + self.kl_weight * (log_q(q, z) - log_prior(prior, z))
+
+        if kl is None:
+            return self.estimator(q, with_kl, context)
+        structured = isinstance(self.likelihood, LikelihoodAfterLinear)
+        loss = self.estimator(q, self.likelihood.cost(x, log_p) if structured else cost, context)
+        return loss + self.kl_weight * kl
 
     def _analytic_kl(self, q: Distribution, prior: Distribution | NegativeELBO) -> Tensor | None:
         """Return the exact KL ``[*B]``; None where it has to be, or shall be, sampled."""

@@ -28,7 +28,7 @@ SOURCES = {
     "4": ("The third post", "sobolev2017"),
 }
 PARTS = {6: "II", 11: "III", 15: "IV", 19: "V", 22: "VI"}
-MODULES = """estimator score baselines pathwise paths generalized relaxed rebar coupled exact subsampled
+MODULES = """estimator score baselines pathwise paths generalized relaxed rebar coupled exact bernoulli subsampled
 stochastic_backprop quadrature svi multisample training samplers gumbel relaxations diagnostics problems
 distributions families count_laws surrogate"""
 
