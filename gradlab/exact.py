@@ -13,7 +13,7 @@ from gradlab.distributions import has_finite_support, number_of_factors, support
 from gradlab.estimator import AfterLinear, Cost, Estimator, Traits
 from gradlab.flips import check_chunk_size, probabilities, replace_all, values_of
 from gradlab.gumbel import gumbel
-from gradlab.samplers import sample
+from gradlab.samplers import quick_sample
 from gradlab.surrogate import attach, magic_box
 
 __all__ = ["Enumerate", "LocalExpectation", "SumAndSample", "UnorderedSet"]
@@ -119,7 +119,7 @@ class LocalExpectation(Estimator):
         return self.num_samples * (1 + number_of_factors(q) * (len(values_of(q)) - 1))
 
     def draw(self, q: Distribution) -> Tensor:
-        return sample(q, torch.Size([self.num_samples]))
+        return quick_sample(q, torch.Size([self.num_samples]))
 
     def estimate(self, q: Distribution, f: Cost, noise: Tensor, context: Tensor | None = None) -> Tensor:
         before = f.before(noise) if isinstance(f, AfterLinear) else None

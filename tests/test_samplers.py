@@ -11,6 +11,7 @@ from torch import Tensor
 
 import gradlab as gl
 from gradlab.quadrature import gauss_legendre
+from gradlab.samplers import quick_sample
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -93,6 +94,37 @@ def test_gumbels_reach_far_into_their_tail() -> None:
     largest = g.topk(50).values
     assert len(largest.unique()) == 50
     assert abs(g.double().mean().item() - 0.5772156649) < 5 * (math.pi / 6**0.5) / 2_000_000**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_one_hots_have_their_law(dtype: torch.dtype) -> None:
+    """Chi-square over the joint values of two factors, at 200 000 draws: 14 degrees of freedom, p = 5e-8."""
+    probs = torch.tensor([[0.5, 0.2, 1e-3, 0.099, 0.2], [0.1, 0.0, 0.3, 0.6, 0.0]], dtype=dtype)
+    for q in (td.OneHotCategorical(probs=probs), td.OneHotCategorical(logits=probs.log())):
+        z = quick_sample(td.Independent(q, 1), torch.Size([200_000]))
+        assert z.dtype == dtype
+        assert (z.sum(-1) == 1).all()
+        joint = torch.einsum("si,sj->ij", z[:, 0].double(), z[:, 1].double())
+        expected = 200_000 * probs[0].double()[:, None] * probs[1].double()
+        assert (joint[expected == 0] == 0).all()
+        chi2 = ((joint - expected) ** 2 / expected)[expected > 0].sum()
+        assert chi2 < 62
+
+
+@pytest.mark.parametrize("u", [0.0, 0.25, 1 - 2.0**-53])
+def test_one_hots_of_probability_zero_are_never_drawn(u: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even at the ends of the uniforms, nor where a parallel scan has rounded the cdf."""
+    monkeypatch.setattr(torch, "rand", lambda *size, **how: torch.full(*size, u, **how))
+    inf = math.inf
+    logits = torch.tensor(
+        [[-inf, 0.0, -inf, -inf], [0.0, -inf, -inf, -inf], [-inf, -inf, -inf, 0.0], [-1e4, 0, 0, -1e4]]
+    )
+    for scan in (torch.cumsum, lambda p, dim: torch.cumsum(p, dim) * torch.tensor([1.0, 1.0, 1.0, 1 + 1e-15])):
+        monkeypatch.setattr(Tensor, "cumsum", lambda p, dim, scan=scan: scan(p, dim))
+        for dtype in (torch.float32, torch.float64):
+            q = td.OneHotCategorical(logits=logits.to(dtype))
+            assert ((quick_sample(q) == 0) | (q.probs > 0)).all()
+            assert (quick_sample(q).sum(-1) == 1).all()
 
 
 def test_gumbel_top_k_samples_without_replacement() -> None:
