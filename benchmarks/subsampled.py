@@ -30,18 +30,6 @@ import gradlab as gl
 BATCH, PIXELS = 100, 784
 
 
-class Pixels(gl.AfterLinear):
-    """-log p(x | z) of independent bits after a linear layer, whose derivatives are known."""
-
-    def __init__(self, linear: nn.Linear, x: Tensor) -> None:
-        super().__init__(linear, lambda h: F.softplus(h).sum(-1) - (h * x).sum(-1), separable=True)
-        self.x = x
-
-    def derivatives(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        mean = torch.sigmoid(h)
-        return mean - self.x, mean * (1 - mean)
-
-
 class Model(nn.Module):
     """A discrete VAE with an analytic KL to the uniform law."""
 
@@ -62,7 +50,7 @@ class Model(nn.Module):
         """Return -log p(x | z), as an AfterLinear."""
         first, tail = self.decoder[0], self.decoder[1:]
         if not len(tail):
-            return Pixels(first, x)
+            return gl.BernoulliAfterLinear(first, x)
 
         def g(h: Tensor) -> Tensor:
             y = tail(h)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, OneHotCategorical
 
 from gradlab.distributions import factor, number_of_factors
-from gradlab.estimator import AfterLinear, Cost
+from gradlab.estimator import AfterLinear
 from gradlab.surrogate import is_batched
 
 __all__ = ["BernoulliAfterLinear"]
@@ -52,7 +52,7 @@ class BernoulliAfterLinear(AfterLinear):
     """
 
     def __init__(self, linear: nn.Linear, x: Tensor) -> None:
-        super().__init__(linear, partial(cross_entropy, x))
+        super().__init__(linear, partial(cross_entropy, x), separable=True)
         if not x.ndim or x.shape[-1] != linear.out_features:
             raise ValueError(
                 f"BernoulliAfterLinear: found x of shape {tuple(x.shape)}, expected [*B, {linear.out_features}]: the "
@@ -60,10 +60,10 @@ class BernoulliAfterLinear(AfterLinear):
             )
         self.x = x
 
-    def with_tail(self, g: Cost) -> BernoulliAfterLinear:
-        new = BernoulliAfterLinear(self.linear, self.x)
-        new.g = g
-        return new
+    def derivatives(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            p = torch.sigmoid(h)
+            return p - self.x.to(h.dtype), p * (1 - p)
 
     def flips(self, q: Distribution, before: Tensor, index: Tensor) -> Tensor:
         r"""Return what each value of each factor would add to the cost, ``[*L, d, K]``, without a graph.

@@ -23,8 +23,7 @@ from torch.distributions import Bernoulli, Binomial, Distribution, OneHotCategor
 from gradlab.distributions import factor, has_finite_support, number_of_factors
 from gradlab.estimator import AfterLinear, Cost, Estimator, Traits
 from gradlab.flips import by_factor, index_of, probabilities, values_of
-from gradlab.gumbel import is_relaxable
-from gradlab.samplers import sample
+from gradlab.samplers import quick_sample
 from gradlab.surrogate import attach, is_transformed, zero
 
 __all__ = ["AdaptiveLocalExpectation", "TaylorLocalExpectation"]
@@ -89,7 +88,7 @@ class _Subsampled(Estimator):
         return self.num_samples * (1 + min(self.flips, number_of_factors(q) * (len(values_of(q)) - 1)))
 
     def draw(self, q: Distribution) -> Subsample:
-        z = _sample(q, torch.Size([self.num_samples]))
+        z = quick_sample(q, torch.Size([self.num_samples]))
         batch = z.shape[: z.ndim - len(q.event_shape)]
         return Subsample(z, torch.rand(batch, dtype=torch.float64, device=z.device))
 
@@ -357,21 +356,6 @@ def _put(table: Tensor, place: Tensor, values: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------- what flips change
-
-
-def _sample(q: Distribution, size: torch.Size) -> Tensor:
-    """Return samples ``[S, *B, *E]``, of bits and one-hots from one uniform a factor, a fraction of torch's time."""
-    if not is_relaxable(q):
-        return sample(q, size)
-    p = factor(q)
-    logits = p.logits.detach()
-    if isinstance(p, Bernoulli):
-        u = torch.rand(size + logits.shape, dtype=torch.float64, device=logits.device)
-        return (u < torch.sigmoid(logits)).to(logits.dtype)
-    ends = logits.exp().cumsum(-1, dtype=torch.float64)
-    u = torch.rand(size + logits.shape[:-1], dtype=torch.float64, device=logits.device)[..., None]
-    index = (ends[..., :-1] <= u * ends[..., -1:]).sum(-1, keepdim=True)
-    return (index == torch.arange(logits.shape[-1], device=logits.device)).to(logits.dtype)
 
 
 def flips_of(q: Distribution, z: Tensor) -> Flips:
