@@ -317,3 +317,61 @@ def test_additive_share() -> None:
         fit = torch.linalg.pinv(w.sqrt()[:, None] * columns) @ (w.sqrt() * cost)
         shares.append(((w @ (cost - columns @ fit) ** 2) / (w @ (cost - w @ cost) ** 2)).item())
     assert shares == pytest.approx([0.4735, 0.0705], abs=1e-3)
+
+
+def decoder(d: int) -> tuple[Tensor, torch.nn.Linear, Tensor]:
+    torch.manual_seed(5)
+    linear = torch.nn.Linear(d, 6).requires_grad_(False)
+    linear.weight.copy_(torch.randn(6, d))
+    return torch.linspace(-1, 1, d), linear, torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
+
+
+def gamma(h: Tensor, x: Tensor) -> Tensor:
+    return torch.nn.functional.softplus(h) - x * h
+
+
+def flips_and_guesses(theta: Tensor, linear: torch.nn.Linear, x: Tensor) -> tuple[Tensor, ...]:
+    """All values, the changes by their flips, and the first and second term of the guesses."""
+    d = len(theta)
+    z = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * d)
+    other = (z[:, None] - torch.eye(d)).abs()
+    change = (gamma(linear(other), x) - gamma(linear(z), x)[:, None]).sum(-1)
+    h = linear(z)
+    first = (1 - 2 * z) * ((h.sigmoid() - x) @ linear.weight)
+    return z, change, first, (h.sigmoid() * (-h).sigmoid()) @ linear.weight**2 / 2
+
+
+def test_guess() -> None:
+    """The remainder of the second order is below the bound by the third derivative; that of the first is not."""
+    _, linear, _ = problem = decoder(5)
+    _, change, first, second = flips_and_guesses(*problem)
+    bound = linear.weight.abs().pow(3).sum(0) / (36 * 3**0.5)
+    assert ((change - first - second).abs() <= bound).all()
+    assert ((change - first).abs() > bound).any()
+    h = torch.linspace(-9, 9, 100_001)
+    assert (h.sigmoid() * (-h).sigmoid() * (1 - 2 * h.sigmoid())).abs().max() <= 1 / (6 * 3**0.5)
+
+
+def test_affordable() -> None:
+    """Over all values and selections: the mean, and the variance that the theorem gives."""
+    theta, linear, x = problem = decoder(3)
+    z, change, first, second = flips_and_guesses(*problem)
+    p = theta.sigmoid()
+    wish = p * (1 - p) * second
+    rho = 0.9 * wish / wish.sum(-1, keepdim=True) + 0.1 / 3
+    estimator = gl.TaylorLocalExpectation(flips=1)
+    logits = theta.expand(24, 3).clone().requires_grad_()
+    q = td.Independent(td.Bernoulli(logits=logits), 1)
+    start = (rho.cumsum(-1) - rho / 2).reshape(1, -1)
+    noise = estimator.draw(q)._replace(z=z.repeat_interleave(3, 0)[None], start=start)
+    f = gl.AfterLinear(linear, lambda h: gamma(h, x).sum(-1), separable=True)
+    (grads,) = torch.autograd.grad(estimator.estimate(q, f, noise).sum(), logits)
+    w = td.Independent(td.Bernoulli(logits=theta), 1).log_prob(z).exp()
+    v = (1 - 2 * z) * p * (1 - p)
+    mean, variance = moments((w[:, None] * rho).flatten(), grads)
+    right, local = moments(w, v * change)
+    more = w @ ((v * (change - first - second)) ** 2 * (1 / rho - 1)).sum(-1)
+    torch.testing.assert_close(mean, right, rtol=0, atol=1e-12)
+    torch.testing.assert_close(variance, local + more, rtol=0, atol=1e-12)
+    assert more > 1e-6
+    assert ((w @ (v * (first + second))) - right).abs().max() > 1e-6
