@@ -341,7 +341,7 @@ def systematic(chance: Tensor, start: Tensor, flips: int) -> tuple[Tensor, Tenso
         start: ``[S, *B]``, in [0, 1).
 
     Reference:
-        `On the Theory of Systematic Sampling <https://doi.org/10.1214/aoms/1177731442>`_, Madow, 1949.
+        `On the Theory of Systematic Sampling, II <https://doi.org/10.1214/aoms/1177729988>`_, Madow, 1949.
     """
     flat = chance.flatten(-2)
     ends, number = flat.cumsum(-1, dtype=torch.float64), min(flips, flat.shape[-1])

@@ -50,7 +50,7 @@ CANARIES = [
         "logits + rule.given(logits, hard, noise.fresh)",
         "logits + rule.given(logits.detach(), hard, noise.fresh)",
     ),
-    Canary("11", "exact.py", "- cost.detach()[..., None, None]", "- 0.9 * cost.detach()[..., None, None]"),
+    Canary("11", "flips.py", "- cost.detach()[..., None, None]", "- 0.9 * cost.detach()[..., None, None]"),
     Canary(
         "12",
         "stochastic_backprop.py",
@@ -95,7 +95,7 @@ CANARIES = [
         'log_q = log_density if self.kl == "total" or has_moving_support(q) else path_log_density',
         "log_q = log_density",
     ),
-    Canary("18", "svi.py", "else loss + self.kl_weight * kl", "else loss + 0.9 * self.kl_weight * kl"),
+    Canary("18", "svi.py", "return loss + self.kl_weight * kl", "return loss + 0.9 * self.kl_weight * kl"),
     Canary("21", "rules/registry.py", "omega = -1j * s.to(", "omega = 1j * s.to("),
     Canary("22", "training.py", "sampler.set_epoch(self.epoch)", "sampler.set_epoch(0)"),
 ]

@@ -26,6 +26,7 @@ def _reproducible(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(20261121)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
+    torch.distributions.Distribution.set_default_validate_args(True)  # torch.compile leaves it off
     if "device" in request.fixturenames:
         torch.set_default_device(request.getfixturevalue("device"))
     yield
