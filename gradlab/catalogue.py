@@ -1,4 +1,4 @@
-"""Estimators by name, as the ``gradlab`` command knows them."""
+"""Estimators and models by name, as the ``gradlab`` command knows them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gradlab.score import MuProp, ScoreFunction
 from gradlab.stochastic_backprop import StochasticBackprop
 from gradlab.subsampled import AdaptiveLocalExpectation, TaylorLocalExpectation
 
-__all__ = ["ESTIMATORS"]
+__all__ = ["ESTIMATORS", "MODELS", "TRAINABLE"]
 
 ESTIMATORS: dict[str, Callable[[int], Estimator]] = {
     "score": lambda s: ScoreFunction(s),
@@ -46,3 +46,12 @@ ESTIMATORS: dict[str, Callable[[int], Estimator]] = {
     "enumerate": lambda s: Enumerate(),
 }
 """Each makes the estimator of S samples."""
+
+MODELS = ("one-layer-sbn", "two-layer-sbn", "bernoulli-vae", "one-layer-categorical", "categorical-vae")
+"""What ``gradlab train`` can train; :mod:`gradlab.experiments.models` builds them."""
+
+TRAINABLE = (
+    "score-loo", "gumbel-softmax", "st-gumbel-softmax", "straight-through", "gumbel-rao", "reinmax", "rebar", "relax",
+    "disarm", "local-expectation",
+)  # fmt: skip
+"""With what it can train them."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gradlab.catalogue import ESTIMATORS
+from gradlab.catalogue import ESTIMATORS, MODELS, TRAINABLE
 from gradlab.diagnostics import Comparison, compare
 from gradlab.distributions import support_size
 from gradlab.estimator import Estimator
@@ -126,11 +126,6 @@ def _data_parser(commands: argparse._SubParsersAction) -> None:
     actions.add_parser("verify", help="compare every file of the folder with its sha256")
 
 
-MODELS = ("one-layer-sbn", "two-layer-sbn", "bernoulli-vae", "one-layer-categorical", "categorical-vae")
-TRAINABLE = (
-    "score-loo", "gumbel-softmax", "st-gumbel-softmax", "straight-through", "gumbel-rao", "reinmax", "rebar", "relax",
-    "disarm", "local-expectation",
-)  # fmt: skip
 TARGETS = ("figure1", "figure2", "figure3", "variance", "table1", "table2", "table3")
 
 

@@ -71,6 +71,17 @@ NOTHING = Guess(0.0, 1.0)
 class _Subsampled(Estimator):
     """Guesses every flip, and evaluates M of them to correct the guesses."""
 
+    traits = Traits(
+        serves="Bernoulli, OneHotCategorical, binomial: finite support and values of which f has a slope",
+        unbiased=True,
+        needs_gradient=True,
+        relaxes=False,
+        evaluations="S (1 + M)",
+        second_order=False,
+        transforms=True,
+        reference="Titsias and Lázaro-Gredilla (2015), https://arxiv.org/abs/1503.01494",
+    )
+
     def __init__(self, num_samples: int = 1, flips: int = 1) -> None:
         super().__init__(num_samples)
         if isinstance(flips, bool) or not hasattr(flips, "__index__") or flips < 1:
@@ -161,17 +172,6 @@ class TaylorLocalExpectation(_Subsampled):
     True
     """
 
-    traits = Traits(
-        serves="Bernoulli, OneHotCategorical, binomial: finite support and values of which f has a slope",
-        unbiased=True,
-        needs_gradient=True,
-        relaxes=False,
-        evaluations="S (1 + M)",
-        second_order=False,
-        transforms=True,
-        reference="Titsias and Lázaro-Gredilla (2015), https://arxiv.org/abs/1503.01494",
-    )
-
     def _follows(self, f: Cost) -> bool:
         return not (isinstance(f, AfterLinear) and f.separable)
 
@@ -223,16 +223,6 @@ class AdaptiveLocalExpectation(_Subsampled):
     tensor(1.)
     """
 
-    traits = Traits(
-        serves="Bernoulli, OneHotCategorical, binomial: finite support and values of which f has a slope",
-        unbiased=True,
-        needs_gradient=True,
-        relaxes=False,
-        evaluations="S (1 + M)",
-        second_order=False,
-        transforms=True,
-        reference="Titsias and Lázaro-Gredilla (2015), https://arxiv.org/abs/1503.01494",
-    )
     count: Tensor  # [d, K, K - 1]: of the flips of a factor from one value to the values after it, and around
     total: Tensor  # [d, K, K - 1]: what they changed beyond the slope of f
     square: Tensor  # [d, K, K - 1]: the same, squared

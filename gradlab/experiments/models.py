@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Binomial, Distribution, Independent, OneHotCategorical
 
-from gradlab.catalogue import ESTIMATORS
+from gradlab.catalogue import ESTIMATORS, MODELS, TRAINABLE
 from gradlab.estimator import Estimator
 from gradlab.exact import LocalExpectation
+from gradlab.experiments.plan import seeded
 from gradlab.rebar import REBAR, RELAX
 from gradlab.svi import NegativeELBO
 
@@ -52,7 +53,6 @@ class Sizes(NamedTuple):
 
 LARGE = Sizes(bits=200, hidden=200, factors=20, values=10, wide=(512, 256))
 SMALL = Sizes(bits=32, hidden=64, factors=8, values=10, wide=(128, 64))
-MODELS = ("one-layer-sbn", "two-layer-sbn", "bernoulli-vae", "one-layer-categorical", "categorical-vae")
 
 
 class Affine(nn.Module):
@@ -198,11 +198,11 @@ def build(
         raise ValueError(f"model: found {model!r}, expected one of {', '.join(MODELS)}.")
     makers = estimator, above or estimator
     together = _build(model, len(seeds), mean, levels, *makers, sizes)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        alone = []
-        for seed in seeds:
-            torch.manual_seed(seed)
+    alone = []
+    for seed in seeds:
+        with seeded(seed, "cpu"):
             alone.append(dict(_build(model, 1, mean, levels, *makers, sizes).named_parameters()))
+    with torch.no_grad():
         for name, parameter in together.named_parameters():
             parameter.copy_(torch.cat([run[name] for run in alone]))
     return together
@@ -239,12 +239,6 @@ def _build(
         up, down = (Conditional(nn.Sequential(Signs(), Affine(runs, d, d)), bits) for _ in range(2))
         prior = NegativeELBO(up, prior, down, above(runs, d, nn.Identity()), kl="sample")
     return NegativeELBO(guide, prior, likelihood, estimator(runs, d, nn.Identity()))
-
-
-TRAINABLE = (
-    "score-loo", "gumbel-softmax", "st-gumbel-softmax", "straight-through", "gumbel-rao", "reinmax", "rebar", "relax",
-    "disarm", "local-expectation",
-)  # fmt: skip
 
 
 def make_estimator(

@@ -186,11 +186,11 @@ def _at_time(done: dict[str, Any] | None, seconds: float | None) -> dict[str, An
     if not fitting:
         return None
     best = max(fitting, key=lambda i: statistics.mean(tests["test"][i]))
-    at = {
-        key: {"epoch": tests["epoch"][i], "test": tests["test"][i]}
-        for key, i in (("last", fitting[-1]), ("best", best))
-    }
-    return {"seconds": seconds, **at["last"], "best": at["best"]}
+
+    def at(i: int) -> dict[str, Any]:
+        return {"epoch": tests["epoch"][i], "test": tests["test"][i]}
+
+    return {"seconds": seconds, **at(fitting[-1]), "best": at(best)}
 
 
 def markdown(content: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from gradlab.experiments import data, results
 from gradlab.experiments.models import LARGE, SMALL, build, make_estimator
+from gradlab.experiments.plan import seeded
 from gradlab.multisample import log_likelihood
 from gradlab.surrogate import zero
 from gradlab.svi import NegativeELBO
@@ -344,10 +345,8 @@ def bound(elbo: NegativeELBO, test: Tensor, runs: int, experiment: Experiment, r
 
     It has random numbers of its own, the same at each call.
     """
-    devices = [test.device] if test.is_cuda else []
     total = torch.zeros(runs, dtype=torch.float64, device=test.device)
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
+    with seeded(0, test.device):
         for x in test.split(rows):
             x = x.expand(runs, *x.shape)
             found = log_likelihood(elbo.guide, elbo.prior, elbo.likelihood, x, experiment.test_samples, 10)
