@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution, Independent, OneHotCategorical, Transform
+from torch.distributions import Bernoulli, Distribution, Independent, OneHotCategorical, Transform, kl_divergence
 
 from gradlab.surrogate import is_transformed
 
@@ -68,6 +69,58 @@ def log_density(q: Distribution, z: Tensor) -> Tensor:
     if isinstance(q, Bernoulli) or not isinstance(z, Tensor):
         return _unvalidated(q).log_prob(z)
     return q.log_prob(z)
+
+
+def sample_log_prob(q: Distribution, z: Tensor) -> Tensor:
+    r"""Return :math:`\log q(z)` of samples of q itself, ``[*L, *B]``: nothing is checked.
+
+    >>> q = Independent(OneHotCategorical(logits=torch.zeros(2, 4)), 1)
+    >>> z = q.sample((3,))
+    >>> torch.equal(sample_log_prob(q, z), q.log_prob(z))
+    True
+    """
+    if type(q) is Independent:
+        inner = sample_log_prob(q.base_dist, z)
+        dims = tuple(range(-q.reinterpreted_batch_ndims, 0))
+        return inner.sum(dims) if dims else inner
+    return log_density(q, z) if isinstance(q, OneHotCategorical) else _unvalidated(q).log_prob(z)
+
+
+def exact_kl(q: Distribution, p: Distribution) -> Tensor:
+    r"""Return :math:`\mathrm{KL}(q\,\|\,p)`, ``[*B]``; that of discrete laws with a gradient where q has zeros.
+
+    Raises:
+        NotImplementedError: torch registers none.
+
+    >>> q, p = OneHotCategorical(logits=torch.tensor([0.0, -torch.inf])), OneHotCategorical(torch.tensor([0.5, 0.5]))
+    >>> exact_kl(q, p).exp()
+    tensor(2.)
+    """
+    if type(q) is type(p) is Independent and q.reinterpreted_batch_ndims == p.reinterpreted_batch_ndims:
+        inner = exact_kl(q.base_dist, p.base_dist)
+        dims = tuple(range(-q.reinterpreted_batch_ndims, 0))
+        return inner.sum(dims) if dims else inner
+    if type(q) is type(p) is OneHotCategorical:
+        return _relative_entropy(_log_probs(q), _log_probs(p)).sum(-1)
+    if type(q) is type(p) is Bernoulli:
+        ones, zeros = map(_relative_entropy, _log_probs_of_bits(q), _log_probs_of_bits(p))
+        return ones + zeros
+    return kl_divergence(q, p.expand(q.batch_shape))  # some of torch's KLs do not broadcast
+
+
+def _relative_entropy(log_q: Tensor, log_p: Tensor) -> Tensor:
+    q = log_q.exp()
+    return q * torch.where(q > 0, log_q - log_p, 0.0)
+
+
+def _log_probs(q: OneHotCategorical) -> Tensor:
+    return q.logits if q._param is q.logits else q.probs.log()  # made from probs, its logits are clamped
+
+
+def _log_probs_of_bits(q: Bernoulli) -> tuple[Tensor, Tensor]:
+    if q._param is q.logits:
+        return F.logsigmoid(q.logits), F.logsigmoid(-q.logits)
+    return q.probs.log(), torch.log1p(-q.probs)
 
 
 def path_log_density(q: Distribution, z: Any) -> Any:

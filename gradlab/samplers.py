@@ -35,8 +35,10 @@ def sample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
         with torch.no_grad():
             return implicit(p, sample_shape)
     if isinstance(p, OneHotCategorical):
-        index = Categorical(logits=p.logits).sample(sample_shape)[..., None]
-        return (index == torch.arange(p.logits.shape[-1], device=index.device)).to(p.logits.dtype)
+        probs = p.logits.detach().exp()
+        index = torch.multinomial(probs.flatten(0, -2) if probs.ndim > 1 else probs[None], Size(sample_shape).numel(), True)
+        index = index.T.reshape(Size(sample_shape) + p.batch_shape + (1,))
+        return (index == torch.arange(probs.shape[-1], device=index.device)).to(probs.dtype)
     return p.sample(sample_shape).detach()
 
 

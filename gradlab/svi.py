@@ -7,11 +7,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Distribution, Independent, kl_divergence
+from torch.distributions import Bernoulli, Distribution, Independent
 
 from gradlab.bernoulli import BernoulliAfterLinear
 from gradlab.densities import (
     distribution_of,
+    exact_kl,
     log_density,
     log_density_at,
     log_likelihood_at,
@@ -189,7 +190,7 @@ class NegativeELBO(nn.Module):
         if self.kl in ("sample", "total"):
             return None
         try:
-            return kl_divergence(q, prior.expand(q.batch_shape))  # some of torch's KLs do not broadcast
+            return exact_kl(q, prior)
         except NotImplementedError:
             if self.kl == "auto":
                 return None

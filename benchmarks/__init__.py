@@ -1,0 +1,1 @@
+"""What gradlab's gradients cost and are worth, beside other libraries and hand-written torch."""

@@ -1,0 +1,134 @@
+"""The autoencoders of binary images that are timed, and their steps.
+
+``L``  784-(20 x 10)-784, one linear layer each way, 20 categorical latents of 10 values
+``L1`` 784-200-784, one linear layer each way, 200 bits
+``J``  784-512-256-(20 x 10)-256-512-784 with ReLU
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Distribution, Independent, OneHotCategorical
+
+import gradlab as gl
+
+BATCH, PIXELS = 100, 784
+SHAPES: dict[str, tuple[list[int], int]] = {"L": ([], 10), "L1": ([], 0), "J": ([512, 256], 10)}
+"""hidden widths; values of a latent, 0 for bits"""
+SIZE = 200
+"""of the latents, bits or 20 one-hots of 10"""
+
+
+class Guide(nn.Module):
+    """The encoder: images to a distribution of the latents."""
+
+    def __init__(self, hidden: list[int], values: int) -> None:
+        super().__init__()
+        self.net, self.values = layers([PIXELS, *hidden, SIZE]), values
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits, those of one latent in the last dim."""
+        return self.net(x).unflatten(-1, (-1, self.values)) if self.values else self.net(x)
+
+    def forward(self, x: Tensor) -> Distribution:
+        return law(self.logits(x), self.values)
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder; the same parameters whatever the gradient."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        hidden, self.values = SHAPES[name]
+        self.guide, self.decoder = Guide(hidden, self.values), layers([SIZE, *hidden[::-1], PIXELS])
+
+    def elbo(self, estimator: gl.Estimator) -> gl.NegativeELBO:
+        """Return the negative ELBO, trained by an estimator."""
+        zeros = torch.zeros(SIZE, device=next(self.parameters()).device)
+        prior = law(zeros.unflatten(0, (-1, self.values)) if self.values else zeros, self.values)
+        return gl.NegativeELBO(self.guide, prior, self.likelihood(), estimator)
+
+    def likelihood(self) -> gl.LikelihoodAfterLinear:
+        """Return p(x | z), which begins with a linear layer."""
+        first, *tail = self.decoder
+        if not tail:
+            return gl.BernoulliLikelihood(first)
+        tail = nn.Sequential(*tail)
+        return gl.LikelihoodAfterLinear(first, lambda h: Independent(Bernoulli(logits=tail(h)), 1))
+
+    def kl(self, logits: Tensor) -> Tensor:
+        """Return the KL to the uniform law, ``[B]``."""
+        if not self.values:
+            p = logits.sigmoid()
+            return (p * logits - F.softplus(logits)).sum(-1) + SIZE * math.log(2)
+        log_p = logits.log_softmax(-1)
+        return (log_p.exp() * (log_p + math.log(self.values))).sum((-2, -1))
+
+    def nll(self, x: Tensor, z: Tensor) -> Tensor:
+        """Return -log p(x | z), ``[*L, B]``, as one writes it by hand."""
+        y = self.decoder(z.flatten(-2) if self.values else z)
+        return F.binary_cross_entropy_with_logits(y, x.expand_as(y), reduction="none").sum(-1)
+
+    def floor(self, x: Tensor) -> Tensor:
+        """Return the loss of the deterministic autoencoder: z is the mean of the latents."""
+        logits = self.guide.logits(x)
+        z = logits.softmax(-1) if self.values else logits.sigmoid()
+        return self.nll(x, z) + self.kl(logits)
+
+
+def law(logits: Tensor, values: int, validate: bool = False) -> Distribution:
+    """Return the distribution of the latents."""
+    one = (OneHotCategorical if values else Bernoulli)(logits=logits, validate_args=validate)
+    return Independent(one, 1, validate_args=validate)
+
+
+def layers(widths: list[int]) -> nn.Sequential:
+    """Return linear layers with ReLU between any two."""
+    net: list[nn.Module] = []
+    for a, b in itertools.pairwise(widths):
+        net += [nn.ReLU(), nn.Linear(a, b)]
+    return nn.Sequential(*net[1:])
+
+
+def steps(
+    model: nn.Module, losses: dict[str, Callable[[Tensor], Tensor]], x: Tensor, adam: bool = True
+) -> dict[str, Callable[[], None]]:
+    """Return training steps: forward, backward, and one Adam for all, with a rate of 0, so that the point stays."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+
+    def one(loss: Callable[[Tensor], Tensor]) -> None:
+        optimizer.zero_grad()
+        loss(x).mean().backward()
+        if adam:
+            optimizer.step()
+
+    return {name: partial(one, loss) for name, loss in losses.items()}
+
+
+def trained(name: str, x: Tensor, estimator: gl.Estimator, steps: int) -> Autoencoder:
+    """Return the model after so many steps of training on the images."""
+    model = Autoencoder(name).to(x.device)
+    loss = model.elbo(estimator)
+    adam = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(steps):
+        adam.zero_grad()
+        loss(x[torch.randint(len(x), (BATCH,), device=x.device)]).mean().backward()
+        adam.step()
+    return model
+
+
+def images(device: torch.device | str = "cpu") -> Tensor:
+    """Return binary images ``[N, 784]``: scikit-learn's digits, scaled up, with more contrast, then drawn."""
+    from sklearn.datasets import load_digits
+
+    small = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 16
+    large = F.interpolate(small, (28, 28), mode="bicubic").clamp(0, 1).flatten(1)
+    return (torch.rand(large.shape) < torch.sigmoid(10 * (large - 0.5))).float().to(device)
+
