@@ -11,16 +11,11 @@ import argparse
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.distributions import Independent, OneHotCategorical, RelaxedOneHotCategorical
 
 import gradlab as gl
 from benchmarks import peers
 from benchmarks.harness import race, ratio, run, steady
 from benchmarks.networks import BATCH, Autoencoder, images, steps
-
-Losses = dict[str, Callable[[Tensor], Tensor]]
 
 OURS: dict[str, Callable[[], gl.Estimator]] = {
     "Gumbel-softmax": lambda: gl.GumbelSoftmax(temperature=0.5),
@@ -49,3 +44,46 @@ GOALS = {
     ("J", "adaptive M=2"): 1.35,
     ("J", "adaptive M=5"): 1.65,
 }
+GUMBEL = 0.95
+"""of our step with GumbelSoftmax / that with F.gumbel_softmax, on L"""
+
+
+def lines(args: argparse.Namespace) -> Iterator[dict]:
+    """Race the steps of each model."""
+    x = images(args.device)[:BATCH]
+    for name in MODELS:
+        yield from steady(lambda name=name: measure(name, x, args))
+
+
+def measure(name: str, x: torch.Tensor, args: argparse.Namespace) -> list[dict]:
+    """Race the steps of one model."""
+    torch.manual_seed(0)
+    m = Autoencoder(name).to(x.device)
+    calls = {"floor": peers.backward_of(m.floor)} | ours(name, m, args.gate)
+    if m.guide.values and not args.gate:
+        for library in (peers.by_hand, *peers.FOR_CATEGORIES):
+            calls |= library(m)
+    elif name == "L":
+        calls |= peers.by_hand(m)
+    times = race(steps(m, calls, x), args.rounds, x.device)
+    found = [
+        ratio(f"{name}: {call} / floor", times, call, "floor", GOALS.get((name, call))) for call in calls if call != "floor"
+    ]
+    if name == "L":
+        found.append(ratio("L: Gumbel-softmax / F.gumbel_softmax", times, "Gumbel-softmax", "F.gumbel_softmax", GUMBEL))
+    return found
+
+
+def ours(name: str, m: Autoencoder, gate: bool) -> peers.Gradients:
+    """Return the gradients of gradlab's estimators; those with a goal for a gate."""
+    chosen = [e for e in MODELS[name] if not gate or (name, e) in GOALS or (name, e) == ("L", "Gumbel-softmax")]
+    calls = {e: peers.backward_of(m.elbo(OURS[e]().to(m.device))) for e in chosen}
+    if name != "J":
+        calls["exact flips, compiled"] = peers.backward_of(torch.compile(m.elbo(gl.LocalExpectation()), fullgraph=True))
+    if name == "L" and not gate:
+        calls["Gumbel-softmax, q validated"] = peers.backward_of(m.elbo(OURS["Gumbel-softmax"](), validate=True))
+    return calls
+
+
+if __name__ == "__main__":
+    run(lines, __doc__)

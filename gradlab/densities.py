@@ -15,6 +15,9 @@ from gradlab.surrogate import is_transformed
 
 __all__: list[str] = []
 
+CERTAIN, IMPOSSIBLE = 100.0, 1e30
+"""Logits: beyond the first, the entropy of a bit is 0 to rounding; beyond the second, a KL is as good as infinite."""
+
 
 def freeze(q: Distribution) -> Distribution:
     """Return a copy of q whose parameters carry no graph: its density is a function of z alone.
@@ -103,8 +106,7 @@ def exact_kl(q: Distribution, p: Distribution) -> Tensor:
     if type(q) is type(p) is OneHotCategorical:
         return _relative_entropy(_log_probs(q), _log_probs(p)).sum(-1)
     if type(q) is type(p) is Bernoulli:
-        ones, zeros = map(_relative_entropy, _log_probs_of_bits(q), _log_probs_of_bits(p))
-        return ones + zeros
+        return _kl_of_bits(q, p)
     return kl_divergence(q, p.expand(q.batch_shape))  # some of torch's KLs do not broadcast
 
 
@@ -117,10 +119,12 @@ def _log_probs(q: OneHotCategorical) -> Tensor:
     return q.logits if q._param is q.logits else q.probs.log()  # made from probs, its logits are clamped
 
 
-def _log_probs_of_bits(q: Bernoulli) -> tuple[Tensor, Tensor]:
-    if q._param is q.logits:
-        return F.logsigmoid(q.logits), F.logsigmoid(-q.logits)
-    return q.probs.log(), torch.log1p(-q.probs)
+def _kl_of_bits(q: Bernoulli, p: Bernoulli) -> Tensor:
+    if q._param is q.logits and p._param is p.logits:
+        ours, theirs = q.logits.clamp(-CERTAIN, CERTAIN), p.logits.clamp(-IMPOSSIBLE, IMPOSSIBLE)  # 0 * inf is none
+        return torch.sigmoid(ours) * (ours - theirs) - (F.softplus(ours) - F.softplus(theirs))
+    ones = _relative_entropy(q.probs.log(), p.probs.log())
+    return ones + _relative_entropy(torch.log1p(-q.probs), torch.log1p(-p.probs))
 
 
 def path_log_density(q: Distribution, z: Any) -> Any:

@@ -36,7 +36,8 @@ def sample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
             return implicit(p, sample_shape)
     if isinstance(p, OneHotCategorical):
         probs = p.logits.detach().exp()
-        index = torch.multinomial(probs.flatten(0, -2) if probs.ndim > 1 else probs[None], Size(sample_shape).numel(), True)
+        rows = probs.flatten(0, -2) if probs.ndim > 1 else probs[None]
+        index = torch.multinomial(rows, Size(sample_shape).numel(), replacement=True)
         index = index.T.reshape(Size(sample_shape) + p.batch_shape + (1,))
         return (index == torch.arange(probs.shape[-1], device=index.device)).to(probs.dtype)
     return p.sample(sample_shape).detach()

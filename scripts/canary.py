@@ -27,7 +27,7 @@ CANARIES = [
     Canary(
         "01", "exact.py", "(q.log_prob(noise).exp() * f(noise)).sum(0)", "(q.log_prob(noise).exp() * f(noise)).mean(0)"
     ),
-    Canary("02", "score.py", "weighted(q.log_prob(noise), cost,", "weighted(0.9 * q.log_prob(noise), cost,"),
+    Canary("02", "score.py", "weighted(sample_log_prob(q, noise), cost,", "weighted(0.9 * sample_log_prob(q, noise), cost,"),
     Canary("03", "baselines.py", "(cost.sum(0) - cost) / (len(cost) - 1)", "(cost.sum(0) + 0 * cost) / len(cost)"),
     Canary("04", "pathwise.py", "return f(noise).mean(0)", "return f(0.9 * noise + 0.1 * noise.detach()).mean(0)"),
     Canary("05", "paths.py", "special.log_gamma_grad(alpha, noise)", "0.98 * special.log_gamma_grad(alpha, noise)"),
@@ -75,7 +75,7 @@ CANARIES = [
         "weight = 2 / (p.scale * jump**2)",
         "weight = 1.9 / (p.scale * jump**2)",
     ),
-    Canary("06", "generalized.py", "q.log_prob(z) + log_det", "q.log_prob(z)"),
+    Canary("06", "generalized.py", "sample_log_prob(q, z) + log_det", "sample_log_prob(q, z)"),
     Canary("19", "multisample.py", "(-square * slope).movedim(0, -1)", "(-0.98 * square * slope).movedim(0, -1)"),
     Canary(
         "17",

@@ -462,7 +462,7 @@ def test_errors_of_the_command(
     options = ["train", "--model", "one-layer-sbn", "--out", str(tmp_path)]
     assert main([*options, "--device", "nowhere"]) == 2
     assert "device: found 'nowhere'" in capsys.readouterr().err
-    assert main([*options, "--rate", "1e30", "--epochs", "3", "--estimator", "disarm"]) == 2
+    assert main([*options, "--rate", "1e39", "--epochs", "3", "--estimator", "disarm"]) == 2
     assert "found NaN or infinity" in capsys.readouterr().err
 
 
