@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Beta, Categorical, Dirichlet, Distribution, OneHotCategorical
+from torch.distributions import Bernoulli, Beta, Categorical, Dirichlet, Distribution, OneHotCategorical
 
 from gradlab.distributions import base, factor, has_icdf, quantile, tensors
 from gradlab.gumbel import discrete, gumbel, logits_of, one_hot_argmax
@@ -44,19 +44,23 @@ def sample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
 
 
 def quick_sample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
-    """Return :func:`sample`; one-hots by their inverse cdf, at a fourth of the time and from another random stream.
+    """Return :func:`sample`; bits and one-hots by their inverse cdf, in less time and from another random stream.
 
     A latent takes one uniform of 53 bits. A value of probability 0 is never returned, although a scan in parallel may
     round its end of the cdf up or down.
     """
-    if not isinstance(factor(q), OneHotCategorical):
+    p = factor(q)
+    if not isinstance(p, Bernoulli | OneHotCategorical):
         return sample(q, sample_shape)
-    probs = factor(q).probs.detach()
-    p = probs.double()
-    cdf = p.cumsum(-1)
-    u = torch.rand(Size(sample_shape) + p.shape[:-1] + (1,), dtype=p.dtype, device=p.device)
-    beyond = (cdf > u * cdf[..., -1:]) & (p > 0)
-    return one_hot_argmax(torch.where(beyond, 2.0, p)).to(probs.dtype)  # the first beyond u; if none, the likeliest
+    lead = Size(sample_shape) + p.batch_shape
+    if isinstance(p, Bernoulli):
+        probs = torch.sigmoid(p.logits.detach())
+        return (torch.rand(lead, dtype=torch.float64, device=probs.device) < probs).to(probs.dtype)
+    probs = p.logits.detach().exp()
+    cdf = probs.cumsum(-1, dtype=torch.float64)
+    u = torch.rand(lead + (1,), dtype=torch.float64, device=probs.device)
+    beyond = (cdf > u * cdf[..., -1:]) & (probs > 0)
+    return one_hot_argmax(torch.where(beyond, 2.0, probs))  # the first beyond u; if none, the likeliest
 
 
 def rsample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
