@@ -86,7 +86,11 @@ def sample_log_prob(q: Distribution, z: Tensor) -> Tensor:
         inner = sample_log_prob(q.base_dist, z)
         dims = tuple(range(-q.reinterpreted_batch_ndims, 0))
         return inner.sum(dims) if dims else inner
-    return log_density(q, z) if isinstance(q, OneHotCategorical) else _unvalidated(q).log_prob(z)
+    if isinstance(q, OneHotCategorical):
+        return log_density(q, z)
+    if type(q) is Bernoulli:
+        return F.binary_cross_entropy_with_logits(q.logits.expand(z.shape), z, reduction="none").neg()
+    return _unvalidated(q).log_prob(z)
 
 
 def exact_kl(q: Distribution, p: Distribution) -> Tensor:

@@ -40,6 +40,8 @@ def sample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
         index = torch.multinomial(rows, Size(sample_shape).numel(), replacement=True)
         index = index.T.reshape(Size(sample_shape) + p.batch_shape + (1,))
         return (index == torch.arange(probs.shape[-1], device=index.device)).to(probs.dtype)
+    if isinstance(p, Bernoulli):
+        return torch.bernoulli(p.probs.detach().expand(Size(sample_shape) + p.batch_shape))
     return p.sample(sample_shape).detach()
 
 
