@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from torch.distributions import Distribution
 
 GATE = 1.15  # what fails a check, as a multiple of the goal
 NOISY = 0.08  # how far the median and the ratio of the minima may differ
@@ -35,6 +36,7 @@ def race(
     device = torch.device(device)
     repeats = {name: math.ceil(cell / max(_warm(call, device), 1e-7)) for name, call in calls.items()}
     times: Times = {name: [] for name in calls}
+    Distribution.set_default_validate_args(__debug__)  # as torch has it, until another library or a compiler is loaded
     gc.collect()
     gc.disable()
     try:

@@ -67,6 +67,10 @@ class Autoencoder(nn.Module):
         tail = nn.Sequential(*tail)
         return gl.LikelihoodAfterLinear(first, lambda h: law(tail(h), 0))
 
+    def law(self, logits: Tensor) -> Distribution:
+        """Return the distribution of the latents."""
+        return law(logits, self.values)
+
     def kl(self, logits: Tensor) -> Tensor:
         """Return the KL to the uniform law, ``[B]``."""
         if not self.values:
@@ -119,16 +123,13 @@ def steps(
     return {name: partial(one, gradient) for name, gradient in gradients.items()}
 
 
-def trained(name: str, x: Tensor, estimator: gl.Estimator, steps: int) -> Autoencoder:
-    """Return the model after so many steps of training on the images."""
-    model = Autoencoder(name).to(x.device)
-    loss = model.elbo(estimator)
-    adam = torch.optim.Adam(model.parameters(), 1e-3)
+def train(m: Autoencoder, data: Tensor, estimator: gl.Estimator, steps: int) -> None:
+    """Train the model for so many steps."""
+    loss, adam = m.elbo(estimator), torch.optim.Adam(m.parameters(), 1e-3)
     for _ in range(steps):
         adam.zero_grad()
-        loss(x[torch.randint(len(x), (BATCH,), device=x.device)]).mean().backward()
+        loss(data[torch.randint(len(data), (BATCH,), device=data.device)]).mean().backward()
         adam.step()
-    return model
 
 
 def images(device: torch.device | str = "cpu") -> Tensor:

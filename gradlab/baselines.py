@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from gradlab.surrogate import descend, is_transformed, magic_box
+from gradlab.surrogate import descend, is_transformed, zero
 
 __all__ = ["Baseline", "Constant", "Learned", "LeaveOneOut", "MovingAverage"]
 
@@ -137,15 +137,14 @@ class Learned(Baseline):
 
 
 def weighted(log_prob: Tensor, cost: Tensor, baseline: Baseline, context: Tensor | None) -> Tensor:
-    r"""Return the mean over S of :math:`\text{magic box}(\log q)\,(f - b) + b`, and train b.
+    r"""Return the mean over S of :math:`f + (\text{magic box}(\log q) - 1)\,(f - b)`, and train b.
 
     Args:
         log_prob: ``[S, *B]``.
         cost: ``[S, *B]``.
     """
     b = baseline(cost.detach(), context)
-    fixed = b.detach()
-    loss = (magic_box(log_prob) * (cost - fixed) + fixed).mean(0)
+    loss = torch.addcmul(cost, torch.expm1(zero(log_prob)), cost - b.detach()).mean(0)
     return loss + baseline.training_loss(cost.detach(), b) if b.requires_grad else loss
 
 
