@@ -7,10 +7,12 @@ import gc
 import importlib.util
 import json
 import math
+import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch.distributions import Distribution
@@ -142,7 +144,12 @@ def run(lines: Callable[[argparse.Namespace], Iterator[dict]], doc: str | None) 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for line in lines(args):
-        print(json.dumps({key: _short(value) for key, value in line.items()}), flush=True)
+        show(line)
+
+
+def show(line: Mapping) -> None:
+    """Print a line as JSON."""
+    print(json.dumps({key: _short(value) for key, value in line.items()}), flush=True)
 
 
 def _short(value: object) -> object:
@@ -150,3 +157,13 @@ def _short(value: object) -> object:
     if isinstance(value, list):
         return [_short(x) for x in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def processor() -> str:
+    """Return the name of the processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

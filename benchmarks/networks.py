@@ -139,4 +139,3 @@ def images(device: torch.device | str = "cpu") -> Tensor:
     small = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 16
     large = F.interpolate(small, (28, 28), mode="bicubic").clamp(0, 1).flatten(1)
     return (torch.rand(large.shape) < torch.sigmoid(10 * (large - 0.5))).float().to(device)
-

@@ -86,7 +86,10 @@ def score(samples: int, args: argparse.Namespace) -> tuple[Tensor, Losses]:
         z = q.sample((samples,))
         return weigh(z, q.log_prob(z))
 
-    losses: Losses = {"by hand": by_hand, "gradlab": lambda: estimator(Bernoulli(logits=theta, validate_args=False), cost)}
+    losses: Losses = {
+        "by hand": by_hand,
+        "gradlab": lambda: estimator(Bernoulli(logits=theta, validate_args=False), cost),
+    }
     if args.gate:
         return theta, losses
     losses |= {

@@ -1,22 +1,18 @@
 """A step of many runs trained as one batched model, beside the step of one run: the models of chapters 18 and 21.
 
-python benchmarks/seeds.py                    one JSON line a ratio: digits, 5 seeds
-python benchmarks/seeds.py --pixels 784 --device cuda --compile
+python -m benchmarks.seeds                    one JSON line a ratio: digits, 5 seeds
+python -m benchmarks.seeds --pixels 784 --device cuda --compile
 
-Both steps alternate in one process and on one thread: forward, backward, Adam. The ratio is that of the medians over
-the rounds, beside the ratio of the minima; where the two differ by more than 8 % the line says so. Below 2 for 5 seeds
-is the goal; on a CPU it holds where a step is many small operations, and not where it is arithmetic.
+A step is forward, backward and Adam. Below 2 for 5 seeds is the goal; on a CPU it holds where a step is many small
+operations, and not where it is arithmetic.
 """
 
 import argparse
-import gc
-import json
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 
+from benchmarks.harness import race, ratio, show
 from gradlab.experiments.models import LARGE, MODELS, SMALL, build, make_estimator
 from gradlab.experiments.train import Runs
 
@@ -36,40 +32,19 @@ def main() -> None:
     torch.set_num_threads(1)
     for model in MODELS:
         for estimator, samples in ESTIMATORS:
-            print(json.dumps(measure(model, estimator, samples, args)), flush=True)
+            show(measure(model, estimator, samples, args))
 
 
-def measure(model: str, estimator: str, samples: int, args: argparse.Namespace) -> dict[str, object]:
+def measure(model: str, estimator: str, samples: int, args: argparse.Namespace) -> dict:
     """Compare the two steps."""
-    device = torch.device(args.device)
-    steps = [stepper(model, estimator, samples, runs, args, device) for runs in (1, args.seeds)]
-    times: list[list[float]] = [[], []]
-    gc.disable()
-    for r in range(-3, args.rounds):  # three to warm up
-        for i in (0, 1) if r % 2 else (1, 0):
-            seconds = clock(steps[i], device)
-            times[i] += [seconds] * (r >= 0)
-    gc.enable()
-    medians, minima = ([f(t) for t in times] for f in (statistics.median, min))
-    median, minimum = (b / a for a, b in (medians, minima))
-    return {
-        "model": model,
-        "estimator": f"{estimator} S={samples}",
-        "seeds": args.seeds,
-        "ratio": round(median, 3),
-        "minima": round(minimum, 3),
-        "noisy": abs(median / minimum - 1) > 0.08,
-        "one_ms": round(1e3 * medians[0], 3),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu, 1 thread",
-        "torch": torch.__version__,
-        "compiled": args.compile,
-    }
+    steps = {f"{runs} runs": stepper(model, estimator, samples, runs, args) for runs in (1, args.seeds)}
+    name = f"{args.seeds} seeds / 1: {model}, {estimator} S={samples}, {args.pixels} pixels"
+    return ratio(name, race(steps, args.rounds, args.device), *reversed(steps), compiled=args.compile)
 
 
-def stepper(
-    model: str, estimator: str, samples: int, runs: int, args: argparse.Namespace, device: torch.device
-) -> Callable[[], None]:
+def stepper(model: str, estimator: str, samples: int, runs: int, args: argparse.Namespace) -> Callable[[], None]:
     """Return a training step."""
+    device = torch.device(args.device)
     sizes, chunk = (SMALL if args.pixels == 64 else LARGE), (8 if device.type == "cpu" else None)
     make = make_estimator(estimator, samples, chunk)
     loss = Runs(build(model, torch.full((args.pixels,), 0.3), 1, make, range(runs), sizes), runs).to(device)
@@ -84,19 +59,6 @@ def stepper(
         adam.step()
 
     return step
-
-
-def clock(step: Callable[[], None], device: torch.device, repeats: int = 5) -> float:
-    """Return the seconds of a step: of the process on a CPU, of the wall on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    now = time.perf_counter if device.type == "cuda" else time.process_time
-    start = now()
-    for _ in range(repeats):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (now() - start) / repeats
 
 
 if __name__ == "__main__":

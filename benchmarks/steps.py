@@ -67,7 +67,9 @@ def measure(name: str, x: torch.Tensor, args: argparse.Namespace) -> list[dict]:
         calls |= peers.by_hand(m)
     times = race(steps(m, calls, x), args.rounds, x.device)
     found = [
-        ratio(f"{name}: {call} / floor", times, call, "floor", GOALS.get((name, call))) for call in calls if call != "floor"
+        ratio(f"{name}: {call} / floor", times, call, "floor", GOALS.get((name, call)))
+        for call in calls
+        if call != "floor"
     ]
     if name == "L":
         found.append(ratio("L: Gumbel-softmax / F.gumbel_softmax", times, "Gumbel-softmax", "F.gumbel_softmax", GUMBEL))

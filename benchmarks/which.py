@@ -1,20 +1,20 @@
 """The times of chapter 20: microseconds for one gradient, for every discrete estimator on five problems.
 
-python benchmarks/which.py                    write book/data/which_cpu.json
-python benchmarks/which.py --device cuda      write book/data/which_cuda.json
+python -m benchmarks.which                    write book/data/which_cpu.json
+python -m benchmarks.which --device cuda      write book/data/which_cuda.json
 
 Float64, one thread; time is amortised over a batch of gradients. Each number is the fastest of the rounds.
 """
 
 import argparse
-import json
-import platform
 from pathlib import Path
 
 import torch
 
 import gradlab as gl
+from benchmarks.harness import processor
 from gradlab.cli import ESTIMATORS, serves
+from gradlab.experiments import results
 
 DATA = Path(__file__).resolve().parent.parent / "book" / "data"
 PROBLEMS = ["bernoulli_toy_499", "bernoulli_3", "bernoulli_20", "onehot_10", "onehot_5x3"]
@@ -51,10 +51,7 @@ def main() -> None:
         "rounds": args.rounds,
         "microseconds": {name: measure(name, device, args.replicates, args.rounds) for name in PROBLEMS},
     }
-    DATA.mkdir(exist_ok=True)
-    path = DATA / f"which_{device.type}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{path.name}: written")
+    results.write(DATA / f"which_{device.type}.json", result)
 
 
 def measure(name: str, device: torch.device, replicates: int, rounds: int) -> dict[str, float]:
@@ -67,16 +64,6 @@ def measure(name: str, device: torch.device, replicates: int, rounds: int) -> di
     tables = [gl.compare(chosen, problem.make_q, problem.f, params, exact, replicates) for _ in range(rounds)]
     fastest = {name: min(t[name].microseconds for t in tables) for name in chosen}
     return {name: float(f"{value:.3g}") for name, value in fastest.items()}
-
-
-def processor() -> str:
-    """Return the name of the processor, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":
