@@ -12,7 +12,7 @@ export OMP_NUM_THREADS := 1
 export PYTHONHASHSEED := 0
 export MPLCONFIGDIR := $(CURDIR)/$(VENV)/matplotlib
 
-.PHONY: help book serve test lint format units chapters site canary notebooks pages clean
+.PHONY: help book serve test lint format units chapters site canary gate bench notebooks pages clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +33,7 @@ book: $(READY)  ## Build the book in _build/html (the first time, set up .venv)
 serve: book  ## Build the book and serve it on localhost:8000
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory $(SITE) 8000
 
-test: lint site units chapters canary  ## Everything that CI checks
+test: lint site units chapters canary gate  ## Everything that CI checks
 	@echo "All checks passed."
 
 lint: $(READY)  ## Style and types
@@ -58,6 +58,14 @@ chapters: $(READY)  ## Execute every chapter again and compare with what it prin
 
 canary: $(READY)  ## Break the package on purpose: each chapter must notice
 	$(BIN)/pytest -q -n 2 -m canary tests/test_canary.py
+
+gate: $(READY)  ## Measure what has a goal; where CI is set, fail far from it
+	$(BIN)/python -m benchmarks --gate $(if $(CI),,|| echo "Slower than the goals allow: an error where CI is set, not here.")
+
+bench: $(READY)  ## Measure all, beside other libraries, and store it for the page of speeds
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c requirements.lock -e '.[bench]'
+	$(BIN)/python -m benchmarks
+	$(BIN)/python scripts/pages.py
 
 notebooks: $(READY)  ## Execute and store every chapter, then renew the generated pages
 	$(BIN)/python scripts/notebooks.py

@@ -81,7 +81,8 @@ def store(found: dict[str, list[dict]], device: str) -> None:
     if kind == "cpu":
         where["processor"] = processor()
     old = (results.read(path) or {"scripts": {}})["scripts"]
-    new = old | {name: {"where": where, "lines": lines} for name, lines in found.items()}
+    judged = {name: [line | {"verdict": verdict(line)} for line in lines] for name, lines in found.items()}
+    new = old | {name: {"where": where, "lines": lines} for name, lines in judged.items()}
     results.write(path, {"scripts": {name: new[name] for name in SCRIPTS if name in new}})
     print(f"{path.relative_to(ROOT)}: written")
 

@@ -10,6 +10,7 @@ import csv
 import importlib
 import inspect
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
@@ -54,6 +55,7 @@ def pages() -> dict[str, str]:
         "coverage.md": coverage(),
         "api.md": api(),
         "methods.md": methods(),
+        "speed.md": speed(),
         README: readme(),
     }
 
@@ -236,6 +238,36 @@ def _check_table(record: dict) -> list[str]:
 def _escape(text: str) -> str:
     """Plain text, in Markdown."""
     return re.sub(r"([|*_$<>\\[\]`])", r"\\\1", text)
+
+
+def speed() -> str:
+    """What was measured by ``make bench``, on each device."""
+    lines = [
+        f"{NOTE}(speed)=\n# Speed\n",
+        "What gradients cost and are worth, beside other libraries and hand-written torch. A ratio of times is the median "
+        "over alternating rounds in one process, on one thread, in process time; *minima* is the ratio of the fastest "
+        "rounds. Where the two differ by more than 8 %, the line is *noisy* and is not judged. A goal is *met*, *missed*, "
+        "or *failed* if it is missed by more than 15 % (or by more than the limit that is set where a goal is out of "
+        "reach); a failed one stops the continuous integration. `make bench` measures all of it again.\n",
+    ]
+    for path in sorted((BOOK / "data").glob("speed_*.json")):
+        scripts = json.loads(path.read_text(encoding="utf-8"))["scripts"]
+        for name, found in scripts.items():
+            doc = ast.get_docstring(ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))) or ""
+            where = found["where"]
+            versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
+            lines += [f"## {name.capitalize()}\n", f"{doc}\n"]
+            lines += ["| | goal | result | minima | |", "|---|---|---|---|---|"]
+            lines += [_speed_row(line) for line in found["lines"]]
+            lines += [f"\n{where.get('processor') or where['device']}, {versions}; `{where['command']}`.\n"]
+    return "\n".join(lines)
+
+
+def _speed_row(line: dict) -> str:
+    """One line of a benchmark."""
+    value, minima = (f"{line[k]:.4g}" if k in line else "" for k in ("value" if "value" in line else "median", "minima"))
+    goal = "" if line["goal"] is None else f"≤ {line['goal']:g}"
+    return "| " + " | ".join(map(_escape, (line["ratio"], goal, value, minima, line["verdict"]))) + " |"
 
 
 def coverage() -> str:

@@ -18,7 +18,7 @@ def coverage() -> list[dict[str, str]]:
     return list(csv.DictReader((BOOK / "coverage.csv").read_text(encoding="utf-8").splitlines()))
 
 
-@pytest.mark.parametrize("name", ["checks.md", "coverage.md", "methods.md", "api.md", "../README.md"])
+@pytest.mark.parametrize("name", ["checks.md", "coverage.md", "methods.md", "speed.md", "api.md", "../README.md"])
 def test_the_generated_pages_are_current(name):
     assert (BOOK / name).read_text(encoding="utf-8") == PAGES.pages()[name], "run: make pages"
 
