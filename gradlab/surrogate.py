@@ -7,6 +7,7 @@ tensor in order to change a gradient.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -158,6 +159,9 @@ class _FirstOrder(torch.autograd.Function):
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         return grad + _Poison.apply(x) if torch.is_grad_enabled() else grad
+
+
+_FirstOrder.forward.__signature__ = inspect.signature(_FirstOrder.forward)  # else torch looks it up at each call
 
 
 class _Poison(torch.autograd.Function):
