@@ -14,6 +14,7 @@ Reference:
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -476,13 +477,15 @@ def _mix_scalar(base: D.Distribution, logits: Tensor, z: Tensor) -> Tensor:
     .. math:: dz = \sum_k \rho_k\,(dz)_k - \frac{1}{p(z)}\sum_k F_k(z)\,dw_k .
     """
     x = z[..., None].expand(*z.shape, logits.shape[-1])
+    unchecked = copy.copy(base)  # samples need no check
+    unchecked._validate_args = False
     with torch.no_grad():
         parts = [
-            _mixture_derivatives(logits, base.log_prob(part), _cdf(base, _invert(base, part)))
+            _mixture_derivatives(logits, unchecked.log_prob(part), _cdf(base, _invert(base, part)))
             for part in _blocks(x, len(base.batch_shape))
         ]
-        posterior, effect = (torch.cat(part) for part in zip(*parts, strict=True))
-    return attach(attach(z, at(base, x), posterior.to(z.dtype)), logits, effect.to(z.dtype))
+        posterior, effect = (torch.cat([t.to(z.dtype) for t in part]) for part in zip(*parts, strict=True))
+    return attach(attach(z, at(base, x), posterior), logits, effect)
 
 
 def _blocks(x: Tensor, batch_dims: int) -> tuple[Tensor, ...]:
