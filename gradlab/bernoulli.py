@@ -89,6 +89,33 @@ class BernoulliAfterLinear(AfterLinear):
             other = grown - by_x.gather(-1, index[..., None])
             return torch.cat([other * index[..., None], other * (1 - index[..., None])], -1)
 
+    def slope(self, z: Tensor) -> Tensor:
+        """Return the gradient by z, of its shape, without a graph."""
+        with torch.no_grad():
+            before = self.before(z)
+            return (self.derivatives(before)[0] @ self.linear.weight.to(before.dtype)).reshape(z.shape)
+
+    def bends(self, z: Tensor, steps: Tensor) -> Tensor:
+        r"""Return the second derivative by each number of z where that one alone has moved, without a graph.
+
+        .. math:: \partial_j^2 f(z + t_j e_j) = \sum_p w_{pj}^2\,\sigma'(a_p + t_j w_{pj})
+
+        Args:
+            z: ``[*L, *E]``, of d numbers each.
+            steps: t, ``[N, *L, d]``, the shape of the result.
+        """
+        with torch.no_grad():
+            before = self.before(z)
+            weight = self.linear.weight.to(before.dtype).T.contiguous()  # [d, P]
+            squares = weight.square()
+
+            def bend(rows: Tensor, steps: Tensor) -> Tensor:
+                p = torch.addcmul(rows[:, None], steps[..., None], weight).sigmoid_()  # [C, d, P]
+                return p.addcmul_(p, p, value=-1).mul_(squares).sum(-1)
+
+            rows = before.expand(len(steps), *before.shape).flatten(0, -2)
+            return _chunked(bend, rows, steps.flatten(0, -2), weight.numel()).reshape(steps.shape)
+
 
 def cross_entropy(x: Tensor, h: Tensor) -> Tensor:
     """Return the negative log likelihood of x ``[*B, P]`` at the logits h ``[*L, *B, P]``, ``[*L, *B]``."""

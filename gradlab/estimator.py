@@ -308,12 +308,20 @@ def value_and_slope(f: Cost, z: Tensor, at: slice = slice(None)) -> tuple[Tensor
             chosen = torch.zeros_like(cost)
             chosen[at] = 1.0
             return cost, pullback(chosen)[0][at].detach()
-        z = z.detach().requires_grad_()
-        cost = f(z)
-        if not cost.requires_grad:
-            raise ValueError(
-                "f(z): found a cost without derivative by z (a step, an argmax, a detach, or no z at all), expected a "
-                "differentiable f. Use an estimator whose `traits.needs_gradient` is False (for example ScoreFunction)."
-            )
+        cost, z = value_to_differentiate(f, z)
         (grad,) = torch.autograd.grad(cost[at].sum(), z, retain_graph=True, materialize_grads=True)
     return cost, grad[at]
+
+
+def value_to_differentiate(f: Cost, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return f at all points, with its graph, and those points as leaves of it; raise if there is no derivative."""
+    with torch.enable_grad():
+        if not is_transformed(z):
+            z = z.detach().requires_grad_()
+        cost = f(z)
+    if not (cost.requires_grad or is_transformed(z)):
+        raise ValueError(
+            "f(z): found a cost without derivative by z (a step, an argmax, a detach, or no z at all), expected a "
+            "differentiable f. Use an estimator whose `traits.needs_gradient` is False (for example ScoreFunction)."
+        )
+    return cost, z

@@ -10,7 +10,7 @@ from torch.distributions import Bernoulli, Distribution, OneHotCategorical
 
 from gradlab.bernoulli import BernoulliAfterLinear
 from gradlab.distributions import factor, number_of_factors
-from gradlab.estimator import AfterLinear, Cost
+from gradlab.estimator import AfterLinear, Cost, value_and_slope
 from gradlab.gumbel import is_relaxable
 from gradlab.taylor import derivatives
 
@@ -90,6 +90,25 @@ def replace_all(
     return gain.new_zeros(*index.shape, len(values)).scatter(-1, others.movedim(0, -1), gain)
 
 
+def differentiate_each(
+    q: Distribution,
+    f: Cost,
+    z: Tensor,
+    values: Tensor,
+    directions: Tensor | None,
+    order: int,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Return the last of :func:`move_each`, ``[N, d, *L]``; without directions, each factor is a number that grows."""
+    lead = z.ndim - len(q.event_shape)
+    if directions is None and order == 2 and isinstance(f, BernoulliAfterLinear):
+        return f.bends(z, values - by_factor(q, z)).movedim(-1, 1)
+    if directions is None and order == 1 and number_of_factors(q) == 1 and chunk_size is None:
+        return value_and_slope(f, values.reshape(len(values), *z.shape))[1].reshape(len(values), 1, *z.shape[:lead])
+    directions = torch.ones_like(values) if directions is None else directions
+    return move_each(q, f, z, values, directions, order, chunk_size)[-1]
+
+
 def move_each(
     q: Distribution, f: Cost, z: Tensor, values: Tensor, directions: Tensor, order: int, chunk_size: int | None = None
 ) -> list[Tensor]:
@@ -126,6 +145,8 @@ def _replaced(f: Cost, z: Tensor, parts: Tensor, dims: int) -> Callable[[Tensor,
     d = parts.shape[-1 - dims]
 
     def line(new: Tensor, direction: Tensor, j: Tensor) -> Line:
+        if d == 1:  # nothing stays
+            return new.reshape(len(j), *z.shape), direction.reshape(len(j), *z.shape), f
         chosen = j[:, None] == torch.arange(d, device=j.device)  # [C, d]
         chosen = chosen.reshape(len(j), *(1 for _ in new.shape[1 : new.ndim - dims]), d, *(1 for _ in range(dims)))
         points = torch.where(chosen, new.unsqueeze(new.ndim - dims), parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
+from gradlab.bernoulli import BernoulliAfterLinear
 from gradlab.distributions import factor, number_of_factors
-from gradlab.estimator import Cost, Estimator, Traits, value_and_slope
-from gradlab.flips import check_chunk_size, move_each, replace_each
+from gradlab.estimator import Cost, Estimator, Traits, value_and_slope, value_to_differentiate
+from gradlab.flips import check_chunk_size, differentiate_each, move_each, replace_each
 from gradlab.rules.registry import (
     CUMULANTS,
     GAMMAS,
@@ -118,7 +120,7 @@ class StochasticBackprop(Estimator):
         noise, points = self.draw(q), 0
         with torch.no_grad():
             for name, options in self._rules(p).items():
-                for shift in options[0].shifts(p, noise.z, *noise.latents, *noise.jumps[name, options[0].order]):
+                for shift in self._shifts(p, noise, name, options[0]):
                     inner = shift.weight.shape[noise.z.ndim - len(p.event_shape) :]
                     points += 0 if _is_slope(shift) else d * inner.numel()
         return self.num_samples * (1 + points)
@@ -166,19 +168,27 @@ class StochasticBackprop(Estimator):
             return self._series(q, f, noise.z)
         p, z = factor(q), noise.z
         rules = self._rules(p)
-        every = [rule for options in rules.values() for rule in options]
-        with Kinks() if any(rule.order > 1 for rule in every) else nullcontext(Kinks()) as kinks:
-            cost, slope = value_and_slope(f, z) if any(rule.order for rule in every) else (f(z), None)
+        with torch.no_grad():
+            found = {name: self._shifts(p, noise, name, options[0]) for name, options in rules.items()}
+        order = max([0, *(rule.order for options in rules.values() for rule in options)])
+        along = order > 1 or any(_is_slope(shift) for shifts in found.values() for shift in shifts)
+        cost, slope, kinks = _evaluate(f, z, order, along)
         loss = cost.mean(0)
         for name, options in rules.items():
             rule = options[-1 if kinks.found else 0]
             if kinks.found and rule.order > 1:
                 self._warn(kinks, name, rule.order)
             with torch.no_grad():
-                shifts = rule.shifts(p, z, *noise.latents, *noise.jumps[name, rule.order])
-                gradient = sum(s.weight * self._gain(q, f, z, cost.detach(), slope, s) for s in shifts)
+                shifts = found[name] if rule is options[0] else self._shifts(p, noise, name, rule)
+                gradient = functools.reduce(
+                    torch.add, (s.weight * self._gain(q, f, z, cost.detach(), slope, s) for s in shifts)
+                )
             loss = attach(loss, parameter(p, name), gradient.mean(0))
         return loss
+
+    @staticmethod
+    def _shifts(p: Distribution, noise: Jumps, name: str, rule: Rule) -> Sequence[Shift]:
+        return rule.shifts(p, noise.z, *noise.latents, *noise.jumps[name, rule.order])
 
     def _warn(self, kinks: Kinks, name: str, order: int) -> None:
         warnings.warn(
@@ -201,10 +211,10 @@ class StochasticBackprop(Estimator):
         if shift.order == 0:
             new = replace_each(q, f, z, values, self.chunk_size) - cost
         else:
-            direction = torch.ones_like(values)
-            if shift.direction is not None:
-                direction = self._by_factor(q, shift.direction.expand(full).reshape(shape))
-            new = move_each(q, f, z, values, direction, shift.order, self.chunk_size)[-1]
+            direction = shift.direction
+            if direction is not None:
+                direction = self._by_factor(q, direction.expand(full).reshape(shape))
+            new = differentiate_each(q, f, z, values, direction, shift.order, self.chunk_size)
         return new.movedim((1, 0), (-2, -1)).reshape(shift.weight.shape)  # [N, d, S, *B] -> [S, *B, d, N]
 
     @staticmethod
@@ -245,6 +255,16 @@ def draw_jumps(rule: Rule, p: Distribution, z: Tensor, latents: Sequence[Tensor]
     return tuple(sample(law.expand(lead)) for law in rule.jumps(p, z))
 
 
+def _evaluate(f: Cost, z: Tensor, order: int, along: bool) -> tuple[Tensor, Tensor | None, Kinks]:
+    """Return f at the samples, with its graph; its slope there, if wanted; and its kinks, if it should be smooth."""
+    if isinstance(f, BernoulliAfterLinear):
+        return f(z), f.slope(z) if along else None, Kinks()
+    with Kinks() if order > 1 else nullcontext(Kinks()) as kinks:
+        if along:
+            return *value_and_slope(f, z), kinks
+        return value_to_differentiate(f, z)[0] if order else f(z), None, kinks
+
+
 def _is_slope(shift: Shift) -> bool:
     """Whether one gradient of f at the sample serves the shift, for all coordinates and directions."""
     return shift.point is None and shift.order == 1
@@ -261,7 +281,7 @@ def _along(slope: Tensor, z: Tensor, direction: Tensor, dims: int) -> Tensor:
 def _choose(rules: dict[int, Rule], order: int | None) -> list[Rule]:
     """Return the rule of the order, or the default and the best one of lower order, for costs with kinks."""
     if order is not None:
-        return [rules[max((n for n in rules if n <= order), default=min(rules))]]
+        return [rules[max([n for n in rules if n <= order] or [min(rules)])]]
     default = next(iter(rules.values()))
     smooth_enough = [r for r in rules.values() if r.order < 2]
     return [default] if default.order < 2 or not smooth_enough else [default, smooth_enough[0]]

@@ -359,3 +359,54 @@ def test_high_orders_do_not_overflow() -> None:
     scale = torch.tensor(0.1, requires_grad=True)
     gl.StochasticBackprop(form="series", order=30)(td.Laplace(0.0, scale), torch.cos).backward()
     assert scale.grad.isfinite()
+
+
+@pytest.mark.parametrize("q", [td.Laplace, td.Normal])
+@pytest.mark.parametrize("order", [None, 1, 2])
+def test_binary_data_in_closed_form(q, order):
+    linear, loc, scale = torch.nn.Linear(6, 5).double(), torch.randn(2, 3, 2).double(), torch.rand(2, 3, 2).double()
+    leaves = [loc.requires_grad_(), (scale + 0.2).requires_grad_(), linear.weight]
+    law, x = td.Independent(q(*leaves[:2]), 2), torch.rand(2, 5).round().double()
+    estimator = gl.StochasticBackprop(7, order=order)
+    noise = estimator.draw(law)
+
+    def gradients(f):
+        return torch.autograd.grad(estimator.estimate(law, f, noise).sum(), leaves)
+
+    def generic(z):
+        return -td.Bernoulli(logits=linear(z.flatten(-2))).log_prob(x).sum(-1)
+
+    for found, expected in zip(gradients(gl.BernoulliAfterLinear(linear, x)), gradients(generic), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_binary_data_compile_to_one_graph():
+    linear, loc, scale = torch.nn.Linear(3, 5), torch.randn(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    estimator, x = gl.StochasticBackprop(4, order=2), torch.ones(5)
+
+    def loss(loc, scale):
+        return estimator(td.Independent(td.Laplace(loc, scale), 1), gl.BernoulliAfterLinear(linear, x))
+
+    found = []
+    for one in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(0)
+        found.append(torch.autograd.grad(one(loc, scale), (loc, scale)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_single_number_is_differentiated_at_once():
+    rate = torch.tensor([1.0, 2.0, 3.0])
+    found = []
+    for chunk_size in (None, 10):  # at once, and along lines
+        shape = torch.tensor([0.5, 1.0, 2.0], requires_grad=True)
+        torch.manual_seed(0)
+        gl.StochasticBackprop(7, order=1, chunk_size=chunk_size)(td.Gamma(shape, rate), torch.sin).sum().backward()
+        found.append(shape.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_a_step_has_no_slope_at_a_jump():
+    q = td.Independent(td.Gamma(torch.ones(2, requires_grad=True), torch.ones(2)), 1)
+    with pytest.raises(ValueError, match="without derivative"):
+        gl.StochasticBackprop(order=1)(q, lambda z: (z > 1).sum(-1))
