@@ -64,7 +64,8 @@ def structured(name: str, tail: list[int], chunk_size: int | None, args: argpars
     return ratio(
         f"flips alone, AfterLinear / generic, {name}, chunk_size={chunk_size}",
         times,
-        *calls,
+        "AfterLinear",
+        "generic",
         megabytes=[peak(call, args.device) for call in calls.values()],
         difference=((ours - theirs).abs().max() / theirs.abs().max()).item(),
     )

@@ -51,7 +51,7 @@ class Autoencoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.decoder[0].weight.device
+        return next(self.parameters()).device
 
     def elbo(self, estimator: gl.Estimator, validate: bool = False) -> gl.NegativeELBO:
         """Return the negative ELBO, trained by an estimator; with torch's validation of q on request."""
@@ -61,11 +61,10 @@ class Autoencoder(nn.Module):
 
     def likelihood(self) -> gl.LikelihoodAfterLinear:
         """Return p(x | z), which begins with a linear layer."""
-        first, *tail = self.decoder
-        if not tail:
-            return gl.BernoulliLikelihood(first)
-        tail = nn.Sequential(*tail)
-        return gl.LikelihoodAfterLinear(first, lambda h: law(tail(h), 0))
+        first, *others = self.decoder
+        assert isinstance(first, nn.Linear)
+        tail = nn.Sequential(*others)
+        return gl.LikelihoodAfterLinear(first, lambda h: law(tail(h), 0)) if others else gl.BernoulliLikelihood(first)
 
     def law(self, logits: Tensor) -> Distribution:
         """Return the distribution of the latents."""

@@ -13,6 +13,7 @@ import argparse
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from benchmarks.harness import installed, race, ratio, run, steady
 from benchmarks.networks import PIXELS
 
 TARGET = {"goal": 1.15, "limit": 1.6}
-"""Out of reach for a q that is a torch distribution: that alone costs 1.15 to 1.35 (the line of torch.distributions)."""
+"""Out of reach where q is a torch distribution, which alone costs as much (the lines of torch.distributions)."""
 HIDDEN, LATENTS, STEPS = 256, 200, 10
 Losses = dict[str, Callable[[], object]]
 
@@ -34,8 +35,8 @@ Losses = dict[str, Callable[[], object]]
 def lines(args: argparse.Namespace) -> Iterator[dict]:
     """Measure the toys, then fit."""
     for samples in (1, 2, 1000):
-        yield from steady(lambda s=samples: toy(f"Bernoulli, S={s}", *score(s, args), args))
-    yield from steady(lambda: toy("Normal, S=1", *path(args), args))
+        yield from steady(partial(toy, f"Bernoulli, S={samples}", *score(samples, args), args))
+    yield from steady(partial(toy, "Normal, S=1", *path(args), args))
     if not args.gate:
         for batch in (64, 128):
             yield fitted(batch, args)

@@ -37,9 +37,9 @@ def main() -> None:
 
 def measure(model: str, estimator: str, samples: int, args: argparse.Namespace) -> dict:
     """Compare the two steps."""
-    steps = {f"{runs} runs": stepper(model, estimator, samples, runs, args) for runs in (1, args.seeds)}
+    steps = {key: stepper(model, estimator, samples, n, args) for key, n in (("one", 1), ("many", args.seeds))}
     name = f"{args.seeds} seeds / 1: {model}, {estimator} S={samples}, {args.pixels} pixels"
-    return ratio(name, race(steps, args.rounds, args.device), *reversed(steps), compiled=args.compile)
+    return ratio(name, race(steps, args.rounds, args.device), "many", "one", compiled=args.compile)
 
 
 def stepper(model: str, estimator: str, samples: int, runs: int, args: argparse.Namespace) -> Callable[[], None]:

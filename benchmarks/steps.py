@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -52,14 +53,14 @@ def lines(args: argparse.Namespace) -> Iterator[dict]:
     """Race the steps of each model."""
     x = images(args.device)[:BATCH]
     for name in MODELS:
-        yield from steady(lambda name=name: measure(name, x, args))
+        yield from steady(partial(measure, name, x, args))
 
 
 def measure(name: str, x: torch.Tensor, args: argparse.Namespace) -> list[dict]:
     """Race the steps of one model."""
     torch.manual_seed(0)
     m = Autoencoder(name).to(x.device)
-    calls = {"floor": peers.backward_of(m.floor)} | ours(name, m, args.gate)
+    calls: peers.Gradients = {"floor": peers.backward_of(m.floor)} | ours(name, m, args.gate)
     if m.guide.values and not args.gate:
         for library in (peers.by_hand, *peers.FOR_CATEGORIES):
             calls |= library(m)
@@ -79,7 +80,7 @@ def measure(name: str, x: torch.Tensor, args: argparse.Namespace) -> list[dict]:
 def ours(name: str, m: Autoencoder, gate: bool) -> peers.Gradients:
     """Return the gradients of gradlab's estimators; those with a goal for a gate."""
     chosen = [e for e in MODELS[name] if not gate or (name, e) in GOALS or (name, e) == ("L", "Gumbel-softmax")]
-    calls = {e: peers.backward_of(m.elbo(OURS[e]().to(m.device))) for e in chosen}
+    calls: peers.Gradients = {e: peers.backward_of(m.elbo(OURS[e]().to(m.device))) for e in chosen}
     if name != "J":
         calls["exact flips, compiled"] = peers.backward_of(torch.compile(m.elbo(gl.LocalExpectation()), fullgraph=True))
     if name == "L" and not gate:

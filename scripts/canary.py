@@ -27,7 +27,9 @@ CANARIES = [
     Canary(
         "01", "exact.py", "(q.log_prob(noise).exp() * f(noise)).sum(0)", "(q.log_prob(noise).exp() * f(noise)).mean(0)"
     ),
-    Canary("02", "score.py", "weighted(sample_log_prob(q, noise), cost,", "weighted(0.9 * sample_log_prob(q, noise), cost,"),
+    Canary(
+        "02", "score.py", "weighted(sample_log_prob(q, noise), cost,", "weighted(0.9 * sample_log_prob(q, noise), cost,"
+    ),
     Canary("03", "baselines.py", "(cost.sum(0) - cost) / (len(cost) - 1)", "(cost.sum(0) + 0 * cost) / len(cost)"),
     Canary("04", "pathwise.py", "return f(noise).mean(0)", "return f(0.9 * noise + 0.1 * noise.detach()).mean(0)"),
     Canary("05", "paths.py", "special.log_gamma_grad(alpha, noise)", "0.98 * special.log_gamma_grad(alpha, noise)"),

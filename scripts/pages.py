@@ -244,11 +244,11 @@ def speed() -> str:
     """What was measured by ``make bench``, on each device."""
     lines = [
         f"{NOTE}(speed)=\n# Speed\n",
-        "What gradients cost and are worth, beside other libraries and hand-written torch. A ratio of times is the median "
-        "over alternating rounds in one process, on one thread, in process time; *minima* is the ratio of the fastest "
-        "rounds. Where the two differ by more than 8 %, the line is *noisy* and is not judged. A goal is *met*, *missed*, "
-        "or *failed* if it is missed by more than 15 % (or by more than the limit that is set where a goal is out of "
-        "reach); a failed one stops the continuous integration. `make bench` measures all of it again.\n",
+        "What gradients cost and are worth, beside other libraries and hand-written torch. A ratio of times is the\n"
+        "median over alternating rounds in one process, on one thread, in process time; *minima* is the ratio of the\n"
+        "fastest rounds. Where the two differ by more than 8 %, the line is *noisy* and is not judged. A goal is\n"
+        "*met*, *missed*, or *failed* if it is missed by more than 15 % (or by more than the limit that is set where a goal\n"
+        "is out of reach); a failed one stops the continuous integration. `make bench` measures all of it again.\n",
     ]
     for path in sorted((BOOK / "data").glob("speed_*.json")):
         scripts = json.loads(path.read_text(encoding="utf-8"))["scripts"]
@@ -265,7 +265,8 @@ def speed() -> str:
 
 def _speed_row(line: dict) -> str:
     """One line of a benchmark."""
-    value, minima = (f"{line[k]:.4g}" if k in line else "" for k in ("value" if "value" in line else "median", "minima"))
+    value = f"{line.get('value', line.get('median')):.4g}"
+    minima = f"{line['minima']:.4g}" if "minima" in line else ""
     goal = "" if line["goal"] is None else f"≤ {line['goal']:g}"
     return "| " + " | ".join(map(_escape, (line["ratio"], goal, value, minima, line["verdict"]))) + " |"
 
