@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib.util
 import json
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch.distributions import Distribution
@@ -20,6 +22,8 @@ from torch.distributions import Distribution
 GATE = 1.15  # what fails a check, as a multiple of the goal
 NOISY = 0.08  # how far the median and the ratio of the minima may differ
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Times = dict[str, list[float]]
 """Seconds a call, by name and round."""
 
@@ -38,7 +42,6 @@ def race(
     device = torch.device(device)
     repeats = {name: math.ceil(cell / max(_warm(call, device), 1e-7)) for name, call in calls.items()}
     times: Times = {name: [] for name in calls}
-    Distribution.set_default_validate_args(__debug__)  # as torch has it, until another library or a compiler is loaded
     gc.collect()
     gc.disable()
     try:
@@ -137,6 +140,20 @@ def installed(*names: str) -> bool:
     return not missing
 
 
+def validated(call: Callable[P, R]) -> Callable[P, R]:
+    """Return the call with torch's validation of distributions, which is off elsewhere."""
+
+    @functools.wraps(call)
+    def one(*args: P.args, **kwargs: P.kwargs) -> R:
+        Distribution.set_default_validate_args(True)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            Distribution.set_default_validate_args(False)
+
+    return one
+
+
 def run(lines: Callable[[argparse.Namespace], Iterator[dict]], doc: str | None) -> None:
     """Run the command line of a script: print its lines as JSON."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,6 +163,7 @@ def run(lines: Callable[[argparse.Namespace], Iterator[dict]], doc: str | None) 
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    Distribution.set_default_validate_args(False)  # as a compiler and other libraries do once they are loaded
     for line in lines(args):
         show(line)
 

@@ -37,8 +37,8 @@ class Guide(nn.Module):
         """Return the logits, those of one latent in the last dim."""
         return self.net(x).unflatten(-1, (-1, self.values)) if self.values else self.net(x)
 
-    def forward(self, x: Tensor, validate: bool = False) -> Distribution:
-        return law(self.logits(x), self.values, validate)
+    def forward(self, x: Tensor) -> Distribution:
+        return law(self.logits(x), self.values)
 
 
 class Autoencoder(nn.Module):
@@ -53,11 +53,11 @@ class Autoencoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def elbo(self, estimator: gl.Estimator, validate: bool = False) -> gl.NegativeELBO:
-        """Return the negative ELBO, trained by an estimator; with torch's validation of q on request."""
+    def elbo(self, estimator: gl.Estimator) -> gl.NegativeELBO:
+        """Return the negative ELBO, trained by an estimator."""
         zeros = torch.zeros(SIZE, device=self.device)
         prior = law(zeros.unflatten(0, (-1, self.values)) if self.values else zeros, self.values)
-        return gl.NegativeELBO(partial(self.guide, validate=validate), prior, self.likelihood(), estimator)
+        return gl.NegativeELBO(self.guide, prior, self.likelihood(), estimator)
 
     def likelihood(self) -> gl.LikelihoodAfterLinear:
         """Return p(x | z), which begins with a linear layer."""
@@ -90,10 +90,9 @@ class Autoencoder(nn.Module):
         return self.nll(x, z) + self.kl(logits)
 
 
-def law(logits: Tensor, values: int, validate: bool = False) -> Distribution:
-    """Return the distribution of the latents."""
-    one = (OneHotCategorical if values else Bernoulli)(logits=logits, validate_args=validate)
-    return Independent(one, 1, validate_args=validate)
+def law(logits: Tensor, values: int) -> Distribution:
+    """Return the distribution of the latents; for no values, of bits."""
+    return Independent((OneHotCategorical if values else Bernoulli)(logits=logits), 1)
 
 
 def layers(widths: list[int]) -> nn.Sequential:

@@ -74,23 +74,30 @@ def log_density(q: Distribution, z: Tensor) -> Tensor:
     return q.log_prob(z)
 
 
-def sample_log_prob(q: Distribution, z: Tensor) -> Tensor:
-    r"""Return :math:`\log q(z)` of samples of q itself, ``[*L, *B]``: nothing is checked.
+def unchecked_log_prob(q: Distribution, z: Tensor) -> Tensor:
+    r"""Return :math:`\log q(z)`, ``[*L, *B]``, for a z that needs no check: a sample of q itself, say.
 
     >>> q = Independent(OneHotCategorical(logits=torch.zeros(2, 4)), 1)
     >>> z = q.sample((3,))
-    >>> torch.equal(sample_log_prob(q, z), q.log_prob(z))
+    >>> torch.equal(unchecked_log_prob(q, z), q.log_prob(z))
     True
     """
     if type(q) is Independent:
-        inner = sample_log_prob(q.base_dist, z)
+        bits = type(q.base_dist) is Bernoulli
+        inner = _cross_entropy(q.base_dist, z) if bits else unchecked_log_prob(q.base_dist, z)
         dims = tuple(range(-q.reinterpreted_batch_ndims, 0))
-        return inner.sum(dims) if dims else inner
+        total = inner.sum(dims) if dims else inner
+        return -total if bits else total
     if isinstance(q, OneHotCategorical):
         return log_density(q, z)
     if type(q) is Bernoulli:
-        return F.binary_cross_entropy_with_logits(q.logits.expand(z.shape), z, reduction="none").neg()
+        return -_cross_entropy(q, z)
     return _unvalidated(q).log_prob(z)
+
+
+def _cross_entropy(q: Bernoulli, z: Tensor) -> Tensor:
+    logits, z = (q.logits, z) if q.logits.shape == z.shape else torch.broadcast_tensors(q.logits, z)
+    return F.binary_cross_entropy_with_logits(logits, z, reduction="none")
 
 
 def exact_kl(q: Distribution, p: Distribution) -> Tensor:
@@ -162,7 +169,7 @@ def log_likelihood_at(likelihood: Callable[[Tensor], Distribution], x: Tensor, z
         ValueError: its log_prob has another shape, as without ``Independent``; or x is outside its support.
     """
     p = _checked("likelihood(z)", likelihood(z))
-    return _shaped(p.log_prob(x), p, z, x, shape)
+    return _shaped(p.log_prob(x) if p._validate_args else unchecked_log_prob(p, x), p, z, x, shape)
 
 
 def log_density_at(likelihood: Callable[[Tensor], Distribution], x: Tensor, z: Tensor, shape: torch.Size) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from gradlab.baselines import Baseline, as_baseline
-from gradlab.densities import sample_log_prob
+from gradlab.densities import unchecked_log_prob
 from gradlab.distributions import has_finite_support, number_of_factors, support, support_size
 from gradlab.estimator import AfterLinear, Cost, Estimator, Traits
 from gradlab.flips import check_chunk_size, probabilities, replace_all, values_of
@@ -268,7 +268,7 @@ class UnorderedSet(Estimator):
         return _pick(values, index.movedim(-1, 0), q)
 
     def estimate(self, q: Distribution, f: Cost, noise: Tensor, context: Tensor | None = None) -> Tensor:
-        cost, log_p = f(noise), sample_log_prob(q, noise)  # [S, *B]
+        cost, log_p = f(noise), unchecked_log_prob(q, noise)  # [S, *B]
         with torch.no_grad():
             rest = (1 - log_p.exp().sum(0)).clamp_min(0.0).log()
             first, second = leave_one_out_ratios(log_p, rest)

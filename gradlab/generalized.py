@@ -22,7 +22,7 @@ from torch.distributions import (
 )
 
 from gradlab.baselines import Baseline, as_baseline, weighted
-from gradlab.densities import sample_log_prob
+from gradlab.densities import unchecked_log_prob
 from gradlab.distributions import factor, has_log_prob, has_mean, has_moving_support, is_discrete
 from gradlab.estimator import Cost, Estimator, Traits
 from gradlab.paths import exp_inside
@@ -102,7 +102,7 @@ class GeneralizedReparameterization(Estimator):
         epsilon = transform.inv(noise).detach()
         z = transform(epsilon)
         log_det = _sum_to(transform.log_abs_det_jacobian(epsilon, z), noise.ndim - len(q.event_shape))
-        return weighted(sample_log_prob(q, z) + log_det, f(z), self.baseline, context)
+        return weighted(unchecked_log_prob(q, z) + log_det, f(z), self.baseline, context)
 
 
 class RejectionReparameterization(Estimator):

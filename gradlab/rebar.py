@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from gradlab.densities import sample_log_prob
+from gradlab.densities import unchecked_log_prob
 from gradlab.distributions import has_moving_support, tensors
 from gradlab.estimator import Cost, Estimator, Traits, value_and_slope
 from gradlab.gumbel import discrete, is_relaxable, logits_of
@@ -71,7 +71,7 @@ class _Relaxing(_ControlVariate):
         own, train = self._trained(logits)
         x, twin = logits + noise.noise, logits + rule.given(logits, hard, noise.fresh)
         cost, at_x, at_twin = self._control(q, f, hard, x, twin, own, context)  # [S, *B] each
-        loss = (magic_box(sample_log_prob(q, hard)) * (cost - at_twin) + at_x).mean(0)
+        loss = (magic_box(unchecked_log_prob(q, hard)) * (cost - at_twin) + at_x).mean(0)
         if not train:
             return loss
         (slope,) = torch.autograd.grad((at_x - at_twin).sum(), logits, create_graph=True)
@@ -334,7 +334,7 @@ class DoubleControlVariate(_ControlVariate):
         first, second = _sum(slope * gap, dims), _sum(others * gap, dims)  # f'(z_t)(z_t - mu), D_s(z_s - mu)
         b = _mean_of_others(cost.detach() - a * first) + a * second
         fixed = b.detach()
-        loss = (magic_box(sample_log_prob(q, noise)) * (cost - fixed) + fixed).mean(0)
+        loss = (magic_box(unchecked_log_prob(q, noise)) * (cost - fixed) + fixed).mean(0)
         loss = loss + a.detach() * _sum(others.mean(0) * zero(q.mean), dims)
         if not train:
             return loss

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from gradlab.baselines import Baseline, as_baseline, weighted
-from gradlab.densities import sample_log_prob
+from gradlab.densities import unchecked_log_prob
 from gradlab.distributions import has_log_prob, has_mean, has_moving_support, scores
 from gradlab.estimator import Cost, Estimator, Traits, checked, value_and_slope
 from gradlab.samplers import sample
@@ -67,7 +67,7 @@ class ScoreFunction(_Score):
 
     def estimate(self, q: Distribution, f: Cost, noise: Tensor, context: Tensor | None = None) -> Tensor:
         cost = f(noise)  # [S, *B]
-        return weighted(sample_log_prob(q, noise), cost, self.baseline, context)
+        return weighted(unchecked_log_prob(q, noise), cost, self.baseline, context)
 
 
 class ControlVariate(_Score):
@@ -134,7 +134,7 @@ class ControlVariate(_Score):
         cost, zeta = f(noise), checked(self.zeta, q)(noise)  # [S, *B]
         fixed = self.coefficient
         a = optimal_coefficient(scores(q, noise), cost, zeta) if isinstance(fixed, str) else fixed
-        return (magic_box(sample_log_prob(q, noise)) * (cost - a * zeta) + a * self._mean(q)).mean(0)
+        return (magic_box(unchecked_log_prob(q, noise)) * (cost - a * zeta) + a * self._mean(q)).mean(0)
 
     def _mean(self, q: Distribution) -> Tensor:
         mean = self.mean(q)
@@ -203,7 +203,7 @@ class MuProp(_Score):
         dims = tuple(range(-len(q.event_shape), 0))
         taylor = cost[-1].detach() + _dot(slope, noise - center, dims)
         residual = cost[:-1] - taylor
-        loss = weighted(sample_log_prob(q, noise), residual, self.baseline, context)
+        loss = weighted(unchecked_log_prob(q, noise), residual, self.baseline, context)
         return loss + taylor.mean(0) + _dot(slope, zero(q.mean), dims)
 
 

@@ -28,7 +28,10 @@ CANARIES = [
         "01", "exact.py", "(q.log_prob(noise).exp() * f(noise)).sum(0)", "(q.log_prob(noise).exp() * f(noise)).mean(0)"
     ),
     Canary(
-        "02", "score.py", "weighted(sample_log_prob(q, noise), cost,", "weighted(0.9 * sample_log_prob(q, noise), cost,"
+        "02",
+        "score.py",
+        "weighted(unchecked_log_prob(q, noise), cost,",
+        "weighted(0.9 * unchecked_log_prob(q, noise), cost,",
     ),
     Canary("03", "baselines.py", "(cost.sum(0) - cost) / (len(cost) - 1)", "(cost.sum(0) + 0 * cost) / len(cost)"),
     Canary("04", "pathwise.py", "return f(noise).mean(0)", "return f(0.9 * noise + 0.1 * noise.detach()).mean(0)"),
@@ -77,7 +80,7 @@ CANARIES = [
         "weight = 2 / (p.scale * jump**2)",
         "weight = 1.9 / (p.scale * jump**2)",
     ),
-    Canary("06", "generalized.py", "sample_log_prob(q, z) + log_det", "sample_log_prob(q, z)"),
+    Canary("06", "generalized.py", "unchecked_log_prob(q, z) + log_det", "unchecked_log_prob(q, z)"),
     Canary("19", "multisample.py", "(-square * slope).movedim(0, -1)", "(-0.98 * square * slope).movedim(0, -1)"),
     Canary(
         "17",

@@ -247,8 +247,8 @@ def speed() -> str:
         "What gradients cost and are worth, beside other libraries and hand-written torch. A ratio of times is the\n"
         "median over alternating rounds in one process, on one thread, in process time; *minima* is the ratio of the\n"
         "fastest rounds. Where the two differ by more than 8 %, the line is *noisy* and is not judged. A goal is\n"
-        "*met*, *missed*, or *failed* if it is missed by more than 15 % (or by more than the limit that is set where a goal\n"
-        "is out of reach); a failed one stops the continuous integration. `make bench` measures all of it again.\n",
+        "*met*, *missed*, or *failed* if it is missed by more than 15 % (or by more than the limit that is set where\n"
+        "a goal is out of reach); a failed one stops the continuous integration. `make bench` measures all again.\n",
     ]
     for path in sorted((BOOK / "data").glob("speed_*.json")):
         scripts = json.loads(path.read_text(encoding="utf-8"))["scripts"]
