@@ -40,7 +40,7 @@ def sample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
         index = torch.multinomial(rows, Size(sample_shape).numel(), replacement=True)
         index = index.T.reshape(Size(sample_shape) + p.batch_shape + (1,))
         return (index == torch.arange(probs.shape[-1], device=index.device)).to(probs.dtype)
-    if isinstance(p, Bernoulli):
+    if type(p) is Bernoulli:  # a subclass may sample in a way of its own
         return torch.bernoulli(p.probs.detach().expand(Size(sample_shape) + p.batch_shape))
     return p.sample(sample_shape).detach()
 
@@ -51,10 +51,10 @@ def quick_sample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
     A latent takes one uniform of 53 bits. A value of probability 0 is not returned.
     """
     p = factor(q)
-    if not isinstance(p, Bernoulli | OneHotCategorical):
+    if type(p) not in (Bernoulli, OneHotCategorical):
         return sample(q, sample_shape)
     lead = Size(sample_shape) + p.batch_shape
-    if isinstance(p, Bernoulli):
+    if type(p) is Bernoulli:
         probs = torch.sigmoid(p.logits.detach())
         return (torch.rand(lead, dtype=torch.float64, device=probs.device) < probs).to(probs.dtype)
     probs = p.logits.detach().exp()
