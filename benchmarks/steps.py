@@ -46,6 +46,7 @@ GOALS = {
     ("J", "adaptive M=2"): 1.35,
     ("J", "adaptive M=5"): 1.65,
 }
+COMPILED = {"L": ["exact flips"], "L1": ["exact flips", "Taylor M=1"]}
 GUMBEL = 0.95
 """of our step with GumbelSoftmax / that with F.gumbel_softmax, on L"""
 
@@ -82,8 +83,8 @@ def ours(name: str, m: Autoencoder, gate: bool) -> peers.Gradients:
     """Return the gradients of gradlab's estimators; those with a goal for a gate."""
     chosen = [e for e in MODELS[name] if not gate or (name, e) in GOALS or (name, e) == ("L", "Gumbel-softmax")]
     calls: peers.Gradients = {e: peers.backward_of(m.elbo(OURS[e]().to(m.device))) for e in chosen}
-    if name != "J":
-        calls["exact flips, compiled"] = peers.backward_of(torch.compile(m.elbo(gl.LocalExpectation()), fullgraph=True))
+    for e in COMPILED.get(name, ()) if not gate or name == "L" else ():
+        calls[f"{e}, compiled"] = peers.backward_of(torch.compile(m.elbo(OURS[e]()), fullgraph=True))
     if name == "L" and not gate:
         calls["Gumbel-softmax, q validated"] = validated(peers.backward_of(m.elbo(OURS["Gumbel-softmax"]())))
     return calls

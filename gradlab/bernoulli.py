@@ -63,7 +63,7 @@ class BernoulliAfterLinear(AfterLinear):
     def derivatives(self, h: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             p = torch.sigmoid(h)
-            return p - self.x.to(h.dtype), p * (1 - p)
+            return p - self.x.to(h.dtype), torch.addcmul(p, p, p, value=-1)  # p (1 - p)
 
     def flips(self, q: Distribution, before: Tensor, index: Tensor) -> Tensor:
         r"""Return what each value of each factor would add to the cost, ``[*L, d, K]``, without a graph.

@@ -31,17 +31,17 @@ def sample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
     Beta and Dirichlet degenerate in float32 at small concentrations.
     """
     p = factor(q)
-    if isinstance(p, Beta | Dirichlet) or (any(map(is_batched, tensors(p))) and has_path(p)):
-        with torch.no_grad():
-            return implicit(p, sample_shape)
+    if type(p) is Bernoulli:  # a subclass may sample in a way of its own
+        return torch.bernoulli(p.probs.detach().expand(Size(sample_shape) + p.batch_shape))
     if isinstance(p, OneHotCategorical):
         probs = p.logits.detach().exp()
         rows = probs.flatten(0, -2) if probs.ndim > 1 else probs[None]
         index = torch.multinomial(rows, Size(sample_shape).numel(), replacement=True)
         index = index.T.reshape(Size(sample_shape) + p.batch_shape + (1,))
         return (index == torch.arange(probs.shape[-1], device=index.device)).to(probs.dtype)
-    if type(p) is Bernoulli:  # a subclass may sample in a way of its own
-        return torch.bernoulli(p.probs.detach().expand(Size(sample_shape) + p.batch_shape))
+    if isinstance(p, Beta | Dirichlet) or (any(map(is_batched, tensors(p))) and has_path(p)):
+        with torch.no_grad():
+            return implicit(p, sample_shape)
     return p.sample(sample_shape).detach()
 
 
