@@ -194,6 +194,22 @@ def test_header():
     assert gl.GumbelSoftmax.traits.relaxes and not gl.ScoreFunction.traits.relaxes
 
 
+def test_speed():
+    """The stored lines carry the chapter's claims about networks, and say where they were measured."""
+    scripts = json.loads((BOOK / "data" / "speed_cpu.json").read_text(encoding="utf-8"))["scripts"]
+    lines = {line["ratio"]: line for part in scripts.values() for line in part["lines"]}
+    assert all(part["where"]["versions"]["torch"] and part["where"]["threads"] == 1 for part in scripts.values())
+    assert all(line["rounds"] >= 15 for line in lines.values() if "rounds" in line)
+    assert lines["L1: work, Taylor M=1 / leave-one-out S=2"]["value"] < 0.012
+    assert lines["J: work, adaptive M=5 / leave-one-out S=2"]["value"] < 0.06
+    assert lines["L: exact flips, compiled / floor"]["median"] < 3.2
+    assert not any(line["verdict"] == "failed" for line in lines.values())
+    for model, ours in (("L", "exact flips"), ("J", "adaptive M=2")):
+        head = f"{model}: ELBO after 20 s, "
+        after = {name.removeprefix(head): line["value"] for name, line in lines.items() if name.startswith(head)}
+        assert len(after) == 7 and max(after, key=lambda e: after[e]) == ours
+
+
 def test_the_times_are_those_of_the_chapter():
     """Every problem and every estimator that serves it has a time, with its provenance."""
     result = json.loads((BOOK / "data" / "which_cpu.json").read_text(encoding="utf-8"))
