@@ -15,8 +15,11 @@ from gradlab.surrogate import is_transformed
 
 __all__: list[str] = []
 
-CERTAIN, IMPOSSIBLE = 100.0, 1e30
-"""Logits: beyond the first, the entropy of a bit is 0 to rounding; beyond the second, a KL is as good as infinite."""
+CERTAIN = 1000.0
+"""A logit: beyond it a bit is 0 or 1, in every dtype exactly."""
+
+EXACT = (torch.float32, torch.float64)
+"""Dtypes with digits enough to subtract logits from each other."""
 
 
 def freeze(q: Distribution) -> Distribution:
@@ -101,7 +104,7 @@ def _cross_entropy(q: Bernoulli, z: Tensor) -> Tensor:
 
 
 def exact_kl(q: Distribution, p: Distribution) -> Tensor:
-    r"""Return :math:`\mathrm{KL}(q\,\|\,p)`, ``[*B]``; that of discrete laws with a gradient where q has zeros.
+    r"""Return :math:`\mathrm{KL}(q\,\|\,p)`, ``[*B]``; of bits and one-hots with a finite gradient where q has zeros.
 
     Raises:
         NotImplementedError: torch registers none.
@@ -115,27 +118,46 @@ def exact_kl(q: Distribution, p: Distribution) -> Tensor:
         dims = tuple(range(-q.reinterpreted_batch_ndims, 0))
         return inner.sum(dims) if dims else inner
     if type(q) is type(p) is OneHotCategorical:
-        return _relative_entropy(_log_probs(q), _log_probs(p)).sum(-1)
+        return _relative_entropy(*_one_hot(q), _one_hot(p)[1]).sum(-1)
     if type(q) is type(p) is Bernoulli:
         return _kl_of_bits(q, p)
     return kl_divergence(q, p.expand(q.batch_shape))  # some of torch's KLs do not broadcast
 
 
-def _relative_entropy(log_q: Tensor, log_p: Tensor) -> Tensor:
-    q = log_q.exp()
+def made_from_logits(q: Distribution) -> bool:
+    """Whether bits or one-hots were made from logits; those that torch makes from probs are clamped, and know no 0."""
+    return q._param is q.logits
+
+
+def _relative_entropy(q: Tensor, log_q: Tensor, log_p: Tensor) -> Tensor:
     return q * torch.where(q > 0, log_q - log_p, 0.0)
 
 
-def _log_probs(q: OneHotCategorical) -> Tensor:
-    return q.logits if q._param is q.logits else q.probs.log()  # made from probs, its logits are clamped
+def _one_hot(q: OneHotCategorical) -> tuple[Tensor, Tensor]:
+    """Return the probabilities and their logarithms."""
+    return (q.logits.exp(), q.logits) if made_from_logits(q) else (q.probs, _safe(torch.log, q.probs, 0))
+
+
+def _bits(q: Bernoulli) -> list[tuple[Tensor, Tensor]]:
+    """Return the same of 1 and of 0."""
+    if made_from_logits(q):
+        return [(torch.sigmoid(x), F.logsigmoid(x)) for x in (q.logits, -q.logits)]
+    p = q.probs
+    return [(p, _safe(torch.log, p, 0)), (1 - p, _safe(lambda p: torch.log1p(-p), p, 1))]
+
+
+def _safe(log: Callable[[Tensor], Tensor], p: Tensor, end: float) -> Tensor:
+    """Return the logarithm, -inf at the end with the derivative 0: that of log would make NaN of zeros."""
+    return log(torch.where(p == end, 0.5, p)).masked_fill(p == end, -torch.inf)
 
 
 def _kl_of_bits(q: Bernoulli, p: Bernoulli) -> Tensor:
-    if q._param is q.logits and p._param is p.logits:
-        ours, theirs = q.logits.clamp(-CERTAIN, CERTAIN), p.logits.clamp(-IMPOSSIBLE, IMPOSSIBLE)  # 0 * inf is none
+    if made_from_logits(q) and made_from_logits(p) and p.logits.dtype in EXACT:  # in two thirds of the time
+        most = torch.finfo(p.logits.dtype).max / 2  # 0 * inf would be NaN
+        ours, theirs = q.logits.clamp(-CERTAIN, CERTAIN), p.logits.clamp(-most, most)
         return torch.sigmoid(ours) * (ours - theirs) - (F.softplus(ours) - F.softplus(theirs))
-    ones = _relative_entropy(q.probs.log(), p.probs.log())
-    return ones + _relative_entropy(torch.log1p(-q.probs), torch.log1p(-p.probs))
+    ones, zeros = (_relative_entropy(*a, b) for a, (_, b) in zip(_bits(q), _bits(p), strict=True))
+    return ones + zeros
 
 
 def path_log_density(q: Distribution, z: Any) -> Any:

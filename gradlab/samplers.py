@@ -6,6 +6,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Bernoulli, Beta, Categorical, Dirichlet, Distribution, OneHotCategorical
 
+from gradlab.densities import made_from_logits
 from gradlab.distributions import base, factor, has_icdf, quantile, tensors
 from gradlab.gumbel import discrete, gumbel, logits_of
 from gradlab.paths import has_path, implicit
@@ -34,7 +35,7 @@ def sample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
     if type(p) is Bernoulli:  # a subclass may sample in a way of its own
         return torch.bernoulli(p.probs.detach().expand(Size(sample_shape) + p.batch_shape))
     if isinstance(p, OneHotCategorical):
-        probs = p.logits.detach().exp()
+        probs = _probs(p)
         rows = probs.flatten(0, -2) if probs.ndim > 1 else probs[None]
         index = torch.multinomial(rows, Size(sample_shape).numel(), replacement=True)
         index = index.T.reshape(Size(sample_shape) + p.batch_shape + (1,))
@@ -48,20 +49,28 @@ def sample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
 def quick_sample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
     """Return :func:`sample`; bits and one-hots by their inverse cdf, in less time and from another random stream.
 
-    A latent takes one uniform of 53 bits. A value of probability 0 is not returned.
+    A latent takes one uniform of 53 bits. A value of probability 0 is not returned,
+    but for a scan in parallel that rounds its end of the cdf up: once in 1e16 draws.
     """
     p = factor(q)
     if type(p) not in (Bernoulli, OneHotCategorical):
         return sample(q, sample_shape)
     lead = Size(sample_shape) + p.batch_shape
+    probs = _probs(p)
     if type(p) is Bernoulli:
-        probs = torch.sigmoid(p.logits.detach())
         return (torch.rand(lead, dtype=torch.float64, device=probs.device) < probs).to(probs.dtype)
-    probs = p.logits.detach().exp()
     cdf = probs.cumsum(-1, dtype=torch.float64)
     point = (1 - torch.rand(lead + (1,), dtype=torch.float64, device=probs.device)) * cdf[..., -1:]  # never 0
     index = (cdf < point).sum(-1, keepdim=True)  # of the first end that reaches the point
     return (index == torch.arange(probs.shape[-1], device=probs.device)).to(probs.dtype)
+
+
+def _probs(p: Distribution) -> Tensor:
+    """Return the probabilities without a graph."""
+    if not made_from_logits(p):
+        return p.probs.detach()
+    logits = p.logits.detach()
+    return torch.sigmoid(logits) if isinstance(p, Bernoulli) else logits.exp()
 
 
 def rsample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
