@@ -110,7 +110,8 @@ def verdict(line: Mapping) -> str:
     if line["noisy"]:
         return "noisy"
     value = line.get("value", line.get("median"))
-    return "met" if value <= goal else "missed" if value <= line.get("limit", GATE * goal) else "failed"
+    limit = line.get("limit", goal + (GATE - 1) * abs(goal))  # a difference may have a goal below 0
+    return "met" if value <= goal else "missed" if value <= limit else "failed"
 
 
 def peak(call: Callable[[], object], device: torch.device | str = "cpu") -> float:
