@@ -97,19 +97,26 @@ def number(name: str, value: float, goal: float | None = None, **more: object) -
 
 
 def steady(measure: Callable[[], list[dict]]) -> list[dict]:
-    """Return the lines of ``measure``, measured a second time where one with a goal is noisy."""
+    """Return the lines of ``measure``, measured a second time where one is noisy or failed."""
     lines = measure()
-    return measure() if any(line["noisy"] and line["goal"] is not None for line in lines) else lines
+    return measure() if any(verdict(line) in ("noisy", "failed") for line in lines) else lines
 
 
 def verdict(line: Mapping) -> str:
-    """Return "met", "missed" (the goal), "failed" (the gate's limit too), "noisy", or "" where no goal is set."""
-    goal = line["goal"]
-    if goal is None:
+    """Return "met", "missed" (the goal), "failed" (the gate's limit too), or "" where no goal is set.
+
+    Where median and minima of a noisy line would be judged differently, it is "noisy" instead.
+    """
+    if line["goal"] is None:
         return ""
-    if line["noisy"]:
-        return "noisy"
-    value = line.get("value", line.get("median"))
+    if "value" in line or not line["noisy"]:
+        return _judge(line, line.get("value", line.get("median")))
+    median, minima = (_judge(line, line[key]) for key in ("median", "minima"))
+    return median if median == minima else "noisy"
+
+
+def _judge(line: Mapping, value: float) -> str:
+    goal = line["goal"]
     limit = line.get("limit", goal + (GATE - 1) * abs(goal))  # a difference may have a goal below 0
     return "met" if value <= goal else "missed" if value <= limit else "failed"
 

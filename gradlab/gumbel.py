@@ -76,7 +76,7 @@ def gumbel(size: Size, like: Tensor) -> Tensor:
     winners of 10^5 categories apart.
     """
     u = torch.rand(size, dtype=torch.float64, device=like.device)
-    return -(-torch.log1p(-u)).clamp_min(2.0**-54).log().to(like.dtype)
+    return u.neg_().log1p_().neg_().clamp_min_(2.0**-54).log_().neg_().to(like.dtype)
 
 
 def _logistic(size: Size, like: Tensor) -> Tensor:

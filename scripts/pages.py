@@ -246,9 +246,10 @@ def speed() -> str:
         f"{NOTE}(speed)=\n# Speed\n",
         "What gradients cost and are worth, beside other libraries and hand-written torch. A ratio of times is the\n"
         "median over alternating rounds in one process, on one thread, in process time; *minima* is the ratio of the\n"
-        "fastest rounds. Where the two differ by more than 8 %, the line is *noisy* and is not judged. A goal is\n"
-        "*met*, *missed*, or *failed* if it is missed by more than 15 % (or by more than the limit that is set where\n"
-        "a goal is out of reach); a failed one stops the continuous integration. `make bench` measures all again.\n",
+        "fastest rounds. A goal is *met*, *missed*, or *failed* if it is missed by more than 15 % (or by more than\n"
+        "the limit that is set where a goal is out of reach); a failed one stops the continuous integration. Where\n"
+        "median and minima differ by more than 8 % and would be judged differently, the line is *noisy*. From one\n"
+        "run to the next, expect a few per cent. `make bench` measures all of it again.\n",
     ]
     for path in sorted((BOOK / "data").glob("speed_*.json")):
         scripts = json.loads(path.read_text(encoding="utf-8"))["scripts"]

@@ -52,8 +52,10 @@ def line(value: float, goal: float | None = 1.0, **more: object) -> dict:
         (line(-0.9, -1.0), "missed"),
         (line(-0.8, -1.0), "failed"),
         (line(9.0, None), ""),
-        (line(9.0) | {"noisy": True}, "noisy"),
         (line(9.0, None) | {"noisy": True}, ""),
+        ({"goal": 1.0, "noisy": True, "median": 0.9, "minima": 1.1}, "noisy"),
+        ({"goal": 1.0, "noisy": True, "median": 0.7, "minima": 0.9}, "met"),
+        ({"goal": 1.0, "noisy": True, "median": 1.2, "minima": 1.4}, "failed"),
         ({"goal": 1.0, "noisy": False, "median": 0.9, "minima": 2.0}, "met"),
     ],
 )
@@ -87,14 +89,15 @@ def test_a_ratio_is_noisy_where_median_and_minima_differ(fastest: float, noisy: 
 @pytest.mark.parametrize(
     ("lines", "calls"),
     [
-        ([line(1.0), line(2.0)], 1),
-        ([line(1.0, None) | {"noisy": True}], 1),  # without a goal nothing is judged
-        ([line(1.0), line(1.0) | {"noisy": True}], 2),
+        ([line(1.0), line(1.1)], 1),
+        ([line(9.0, None) | {"noisy": True}], 1),  # without a goal nothing is judged
+        ([line(1.0), line(2.0)], 2),
+        ([line(1.0), {"goal": 1.0, "noisy": True, "median": 0.9, "minima": 1.1}], 2),
     ],
 )
-def test_what_is_noisy_is_measured_twice(lines: list[dict], calls: int) -> None:
+def test_what_is_noisy_or_failed_is_measured_twice(lines: list[dict], calls: int) -> None:
     found = []
-    assert harness.steady(lambda: found.append(1) or [*lines, line(len(found))])[-1]["value"] == calls
+    assert harness.steady(lambda: found.append(1) or [*lines, line(len(found), None)])[-1]["value"] == calls
     assert len(found) == calls
 
 
