@@ -250,26 +250,30 @@ def speed() -> str:
         "the limit that is set where a goal is out of reach); a failed one stops the continuous integration. Where\n"
         "median and minima differ by more than 8 % and would be judged differently, the line is *noisy*. From one\n"
         "run to the next, expect a few per cent. `make bench` measures all of it again.\n",
+        "L and L1 are linear autoencoders, J is a deep one; they are described below.\n",
     ]
     for path in sorted((BOOK / "data").glob("speed_*.json")):
         scripts = json.loads(path.read_text(encoding="utf-8"))["scripts"]
+        goals = [line for found in scripts.values() for line in found["lines"] if line["goal"] is not None]
+        lines += [f"## Goals, {path.stem.removeprefix('speed_').upper()}\n", *_speed_table(goals)]
         for name, found in scripts.items():
             doc = ast.get_docstring(ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))) or ""
             where = found["where"]
             versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items() if v)
-            lines += [f"## {name.capitalize()}\n", f"{doc}\n"]
-            lines += ["| | goal | result | minima | |", "|---|---|---|---|---|"]
-            lines += [_speed_row(line) for line in found["lines"]]
-            lines += [f"\n{where.get('processor') or where['device']}, {versions}; `{where['command']}`.\n"]
+            lines += [f"## {name.capitalize()}\n", f"{doc}\n", *_speed_table(found["lines"])]
+            lines += [f"{where.get('processor') or where['device']}, {versions}; `{where['command']}`.\n"]
     return "\n".join(lines)
 
 
-def _speed_row(line: dict) -> str:
-    """One line of a benchmark."""
-    value = f"{line.get('value', line.get('median')):.4g}"
-    minima = f"{line['minima']:.4g}" if "minima" in line else ""
-    goal = "" if line["goal"] is None else f"≤ {line['goal']:g}"
-    return "| " + " | ".join(map(_escape, (line["ratio"], goal, value, minima, line["verdict"]))) + " |"
+def _speed_table(lines: list[dict]) -> list[str]:
+    """One row for each line of a benchmark."""
+    table = ["| measured | goal | result | minima | verdict |", "|---|---|---|---|---|"]
+    for line in lines:
+        result = f"{line.get('value', line.get('median')):.4g}"
+        minima = f"{line['minima']:.4g}" if "minima" in line else ""
+        goal = "" if line["goal"] is None else f"≤\u00a0{line['goal']:g}"
+        table.append("| " + " | ".join(map(_escape, (line["ratio"], goal, result, minima, line["verdict"]))) + " |")
+    return [*table, ""]
 
 
 def coverage() -> str:
