@@ -1,7 +1,7 @@
 """The training steps of ``benchmarks/steps.py`` with other libraries: same network, same batch, same number of samples.
 
 Each function returns gradients by name: called with x, they leave the gradient of the mean loss in the parameters.
-Pyro and Storchastic keep their own estimate of the KL where they offer no exact one.
+Pyro estimates the KL by its samples; the others have it exactly.
 """
 
 from __future__ import annotations

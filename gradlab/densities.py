@@ -68,13 +68,18 @@ def log_density(q: Distribution, z: Tensor) -> Tensor:
     """
     if isinstance(q, Independent):
         inner = log_density(q.base_dist, z)
-        dims = tuple(range(-q.reinterpreted_batch_ndims, 0))
-        return inner.sum(dims) if dims else inner
+        return _over_events(q, inner)
     if isinstance(q, OneHotCategorical):
         return (q.logits.clamp_min(torch.finfo(q.logits.dtype).min) * z).sum(-1)
     if isinstance(q, Bernoulli) or not isinstance(z, Tensor):
         return _unvalidated(q).log_prob(z)
     return q.log_prob(z)
+
+
+def _over_events(q: Independent, inner: Tensor) -> Tensor:
+    """Return the sum over the dims that q makes one event."""
+    dims = tuple(range(-q.reinterpreted_batch_ndims, 0))
+    return inner.sum(dims) if dims else inner
 
 
 def unchecked_log_prob(q: Distribution, z: Tensor) -> Tensor:
@@ -88,9 +93,7 @@ def unchecked_log_prob(q: Distribution, z: Tensor) -> Tensor:
     if type(q) is Independent:
         bits = type(q.base_dist) is Bernoulli
         inner = _cross_entropy(q.base_dist, z) if bits else unchecked_log_prob(q.base_dist, z)
-        dims = tuple(range(-q.reinterpreted_batch_ndims, 0))
-        total = inner.sum(dims) if dims else inner
-        return -total if bits else total
+        return -_over_events(q, inner) if bits else _over_events(q, inner)
     if isinstance(q, OneHotCategorical):
         return log_density(q, z)
     if type(q) is Bernoulli:
@@ -115,8 +118,7 @@ def exact_kl(q: Distribution, p: Distribution) -> Tensor:
     """
     if type(q) is type(p) is Independent and q.reinterpreted_batch_ndims == p.reinterpreted_batch_ndims:
         inner = exact_kl(q.base_dist, p.base_dist)
-        dims = tuple(range(-q.reinterpreted_batch_ndims, 0))
-        return inner.sum(dims) if dims else inner
+        return _over_events(q, inner)
     if type(q) is type(p) is OneHotCategorical:
         return _relative_entropy(*_one_hot(q), _one_hot(p)[1]).sum(-1)
     if type(q) is type(p) is Bernoulli:

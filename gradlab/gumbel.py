@@ -120,8 +120,12 @@ def _conditional_logistic(logits: Tensor, hard: Tensor, noise: Tensor) -> Tensor
 
 def one_hot_argmax(x: Tensor) -> Tensor:
     """Return the one-hot argmax over the last dim, in the dtype of x."""
-    index = x.argmax(-1, keepdim=True)
-    return (index == torch.arange(x.shape[-1], device=x.device)).to(x.dtype)
+    return one_hot(x.argmax(-1, keepdim=True), x)
+
+
+def one_hot(index: Tensor, like: Tensor) -> Tensor:
+    """Return one-hots of the index ``[..., 1]``, as many values as the last dim of ``like`` has, in its dtype."""
+    return (index == torch.arange(like.shape[-1], device=like.device)).to(like.dtype)
 
 
 def softmax(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch.distributions import Bernoulli, Beta, Categorical, Dirichlet, Distrib
 
 from gradlab.densities import made_from_logits
 from gradlab.distributions import base, factor, has_icdf, quantile, tensors
-from gradlab.gumbel import discrete, gumbel, logits_of
+from gradlab.gumbel import discrete, gumbel, logits_of, one_hot
 from gradlab.paths import has_path, implicit
 from gradlab.surrogate import first_order, is_batched, zero
 
@@ -33,13 +33,13 @@ def sample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
     """
     p = factor(q)
     if type(p) is Bernoulli:  # a subclass may sample in a way of its own
-        return torch.bernoulli(p.probs.detach().expand(Size(sample_shape) + p.batch_shape))
+        return torch.bernoulli(_probs(p).expand(Size(sample_shape) + p.batch_shape))
     if isinstance(p, OneHotCategorical):
         probs = _probs(p)
         rows = probs.flatten(0, -2) if probs.ndim > 1 else probs[None]
         index = torch.multinomial(rows, Size(sample_shape).numel(), replacement=True)
         index = index.T.reshape(Size(sample_shape) + p.batch_shape + (1,))
-        return (index == torch.arange(probs.shape[-1], device=index.device)).to(probs.dtype)
+        return one_hot(index, probs)
     if isinstance(p, Beta | Dirichlet) or (any(map(is_batched, tensors(p))) and has_path(p)):
         with torch.no_grad():
             return implicit(p, sample_shape)
@@ -62,7 +62,7 @@ def quick_sample(q: Distribution, sample_shape: Size = Size()) -> Tensor:
     cdf = probs.cumsum(-1, dtype=torch.float64)
     point = (1 - torch.rand(lead + (1,), dtype=torch.float64, device=probs.device)) * cdf[..., -1:]  # never 0
     index = (cdf < point).sum(-1, keepdim=True)  # of the first end that reaches the point
-    return (index == torch.arange(probs.shape[-1], device=probs.device)).to(probs.dtype)
+    return one_hot(index, probs)
 
 
 def _probs(p: Distribution) -> Tensor:

@@ -77,9 +77,6 @@ Key = tuple[type[Distribution], str]
 RULES: dict[Key, dict[int, Rule]] = {}
 """By distribution and parameter: the exact rules, by the highest derivative of f that they use; the default first."""
 
-_BY_LAW: dict[type[Distribution], dict[str, dict[int, Rule]]] = {}
-"""The same rules, by distribution, then by parameter."""
-
 REMAINDERS: dict[Key, Callable[[int], Rule]] = {}
 """By distribution and parameter: N derivatives, and the exact remainder."""
 
@@ -133,9 +130,7 @@ def register_rule(
     """
 
     def register(shifts: Shifts) -> Shifts:
-        rules = RULES.setdefault((cls, parameter), {})
-        rules[order] = Rule(shifts, jumps, order)
-        _BY_LAW.setdefault(cls, {})[parameter] = rules
+        RULES.setdefault((cls, parameter), {})[order] = Rule(shifts, jumps, order)
         return shifts
 
     return register
@@ -259,7 +254,7 @@ def rules_of(p: Distribution) -> dict[str, dict[int, Rule]]:
     """Return the exact rules for the parameters of p, by name and order."""
     if type(p) in DERIVED:
         return DERIVED[type(p)](p)
-    return _BY_LAW.get(type(p), {})
+    return {name: rules for (cls, name), rules in RULES.items() if cls is type(p)}
 
 
 def parameter(p: Distribution, name: str) -> Tensor:
