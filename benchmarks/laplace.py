@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Independent, Laplace
 
 import gradlab as gl
-from benchmarks.harness import installed, number, race, ratio, run, steady
+from benchmarks.harness import installed, number, race, ratio, run, steady, steps
 from gradlab.experiments.logistic import BATCH, SAMPLES, kl_to_standard, scaled_rows
 
 Loss = Callable[[Tensor], Tensor]
@@ -135,6 +135,11 @@ def lines(args: argparse.Namespace) -> Iterator[dict]:
     yield from steady(lambda: list(times(model, args)))
 
 
+def backward(model: Regression, loss: Loss) -> None:
+    """Go backward from the loss on a new batch."""
+    loss(model.batch()).backward()
+
+
 def variances(model: Regression, gate: bool, replicates: int = 400) -> Iterator[dict]:
     """Compare the variances of the gradient by the scales, on one batch."""
     model.batch()
@@ -171,22 +176,11 @@ def times(model: Regression, args: argparse.Namespace) -> Iterator[dict]:
         }
         if installed("pyro"):
             losses["Pyro, Trace_ELBO"] = pyro_loss(model)
-    found = race(steps(model, losses), args.rounds, args.device)
+    gradients = {name: partial(backward, model, loss) for name, loss in losses.items()}
+    found = race(steps(model.parameters(), gradients), args.rounds, args.device)
     for name in list(losses)[1:]:
         goal = 2.0 if name == f"{RULE}, compiled" else None
         yield ratio(f"Laplace, a step, {name} / floor", found, name, "floor", goal=goal)
-
-
-def steps(model: Regression, losses: dict[str, Loss]) -> dict[str, Callable[[], None]]:
-    """Return training steps, with a rate of 0, so that the point stays."""
-    adam = torch.optim.Adam(model.parameters(), lr=0.0)
-
-    def one(loss: Loss) -> None:
-        adam.zero_grad()
-        loss(model.batch()).backward()
-        adam.step()
-
-    return {name: partial(one, loss) for name, loss in losses.items()}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, OneHotCategorical
 
 import gradlab as gl
+from benchmarks import harness
 
 BATCH, PIXELS = 100, 784
 SHAPES: dict[str, tuple[list[int], int]] = {"L": ([], 10), "L1": ([], 0), "J": ([512, 256], 10)}
@@ -104,21 +105,10 @@ def layers(widths: list[int]) -> nn.Sequential:
 
 
 def steps(
-    model: nn.Module, gradients: Mapping[str, Callable[[Tensor], object]], x: Tensor, adam: bool = True
+    m: Autoencoder, gradients: Mapping[str, Callable[[Tensor], object]], x: Tensor, adam: bool = True
 ) -> dict[str, Callable[[], None]]:
-    """Return training steps at a point that stays: a gradient, and Adam with a rate of 0.
-
-    All share one Adam: where its numbers lie in memory would else make one step 10 % slower than the same step again.
-    """
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
-
-    def one(gradient: Callable[[Tensor], object]) -> None:
-        optimizer.zero_grad()
-        gradient(x)
-        if adam:
-            optimizer.step()
-
-    return {name: partial(one, gradient) for name, gradient in gradients.items()}
+    """Return training steps on a batch."""
+    return harness.steps(m.parameters(), {name: partial(gradient, x) for name, gradient in gradients.items()}, adam)
 
 
 def train(m: Autoencoder, data: Tensor, estimator: gl.Estimator, steps: int) -> None:

@@ -23,7 +23,7 @@ from torch.distributions import Bernoulli, Independent, Normal
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradlab as gl
-from benchmarks.harness import installed, race, ratio, run, steady, validated
+from benchmarks.harness import installed, race, ratio, run, steady, steps, validated
 from benchmarks.networks import PIXELS
 
 TARGET = {"goal": 1.15, "limit": 1.6}
@@ -44,24 +44,20 @@ def lines(args: argparse.Namespace) -> Iterator[dict]:
 
 def toy(name: str, theta: Tensor, losses: Losses, args: argparse.Namespace) -> list[dict]:
     """Compare the steps."""
-    adam = torch.optim.Adam([theta], lr=0.0)
-
-    def step(loss: Callable[[], object]) -> Callable[[], None]:
-        def one() -> None:
-            adam.zero_grad()
-            value = loss()
-            if isinstance(value, Tensor):  # a library may have gone backward itself
-                value.backward()
-            adam.step()
-
-        return one
-
-    times = race({key: step(loss) for key, loss in losses.items()}, args.rounds, args.device)
+    gradients = {key: partial(backward, loss) for key, loss in losses.items()}
+    times = race(steps([theta], gradients), args.rounds, args.device)
     return [
         ratio(f"{name}: {key} / by hand", times, key, "by hand", **(TARGET if key == "gradlab" else {}))
         for key in losses
         if key != "by hand"
     ]
+
+
+def backward(loss: Callable[[], object]) -> None:
+    """Go backward from a loss; a library may have done so itself."""
+    value = loss()
+    if isinstance(value, Tensor):
+        value.backward()
 
 
 def cost(z: Tensor) -> Tensor:

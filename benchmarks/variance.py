@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 import gradlab as gl
-from benchmarks.harness import number, race, run
+from benchmarks.harness import number, race, ratio, run
 from benchmarks.networks import BATCH, Autoencoder, images, steps, train
 from benchmarks.peers import backward_of
 from benchmarks.steps import OURS
@@ -53,7 +53,7 @@ def measure(name: str, data: torch.Tensor, chosen: list[str], rounds: int) -> It
     reference = variance(m, x, estimators[REFERENCE])
     for e in chosen[1:]:
         relative = variance(m, x, estimators[e].eval()) / reference
-        cost = sorted(a / b for a, b in zip(times[e], times[REFERENCE], strict=True))[rounds // 2]
+        cost = ratio("time", times, e, REFERENCE)["median"]
         goal = GOALS.get((name, e))
         yield number(f"{name}: work, {e} / {REFERENCE}", relative * cost, goal, variance=relative, time=cost)
 
